@@ -1,0 +1,207 @@
+"""Loads the vision or the language half of a vision-language checkpoint, and nothing of the other half.
+
+The model class is pruned in `__init__`, which runs on the meta device; transformers' own `from_pretrained` then finds
+no place for the other half's tensors and never reads them.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import blake3
+import torch
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.utils import logging as transformers_logging
+
+from common.config import ModelConfig
+from common.families import family_of
+from common.identity import framed_digest
+
+transformers_logging.disable_progress_bar()
+
+Half = Literal["vision", "language"]
+
+_DECODER_NAMES = ("language_model", "text_model")  # every other child of the base model belongs to the vision half
+_CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedHalf:
+    """`model` is the stock class with the other half absent; `digest` names the weights that were loaded."""
+
+    model: PreTrainedModel
+    config: Any
+    device: torch.device
+    dtype: torch.dtype
+    digest: str
+
+
+class Absent(nn.Module):
+    """Stands where a pruned child was: keeps its config, because forwards read it, and refuses to run."""
+
+    def __init__(self, name: str, config: Any = None) -> None:
+        super().__init__()
+        self.name, self.config = name, config
+
+    def forward(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(f"{self.name} is not loaded in this process")
+
+
+def checkpoint_directory(config: ModelConfig) -> Path:
+    """The directory of `config.path`, downloaded first if it is an id of the hub."""
+    path = Path(config.path).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_absolute() or config.path.startswith("."):
+        raise ValueError(f"model path {config.path!r} is not a directory")
+    return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=_CHECKPOINT_FILES))
+
+
+def load_config(directory: Path) -> Any:
+    """The checkpoint's transformers configuration. Raises ValueError for a model Fovea cannot split."""
+    config = AutoConfig.from_pretrained(directory)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError("quantised checkpoints are not supported")
+    family_of(config)
+    return config
+
+
+def load_preprocessor_config(directory: Path) -> dict[str, Any]:
+    """What the checkpoint says of its image processor; empty means that processor's defaults."""
+    path = directory / "preprocessor_config.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def load_half(model_config: ModelConfig, half: Half) -> LoadedHalf:
+    """One half in eval mode on its device. Raises ValueError for any missing, mismatched or unmaterialised tensor."""
+    directory = checkpoint_directory(model_config)
+    config = load_config(directory)
+    device = choose_device(model_config)
+    dtype = choose_dtype(model_config, config, device)
+    pruned = pruned_class(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)], half)
+    if model_config.load_format == "dummy":
+        model = _with_dummy_weights(pruned, config, dtype)
+    else:
+        model = _from_checkpoint(pruned, config, directory, dtype, half)
+    left = [name for name, tensor in _tensors(model) if tensor.is_meta]
+    if left:
+        raise ValueError(f"{directory}: never materialised for the {half} half: {left[:3]}")
+    digest = weights_digest(model, half)
+    return LoadedHalf(model=model.eval().to(device), config=config, device=device, dtype=dtype, digest=digest)
+
+
+def choose_device(model_config: ModelConfig) -> torch.device:
+    if model_config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(model_config.device)
+
+
+def choose_dtype(model_config: ModelConfig, config: Any, device: torch.device) -> torch.dtype:
+    if model_config.dtype != "auto":
+        dtype = getattr(torch, model_config.dtype)
+    else:
+        dtype = torch.float32 if device.type == "cpu" else config.dtype or torch.bfloat16
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def device_capability(device: torch.device) -> str:
+    """Device type and capability, with the thread count on CPU: what decides which kernels run."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"cuda/{major}.{minor}"
+    return f"cpu/{torch.backends.cpu.get_cpu_capability()}/{torch.get_num_threads()}-thread"
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The module that holds the two halves as children."""
+    base = getattr(model, "model", None)
+    return base if isinstance(base, nn.Module) else model
+
+
+def pruned_class(cls: type[PreTrainedModel], half: Half) -> type[PreTrainedModel]:
+    """A subclass that builds one half only. Its name stays: transformers looks key renames up by class name."""
+
+    def __init__(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
+        cls.__init__(self, config, *args, **kwargs)
+        _prune(self, half)
+
+    members: dict[str, Any] = {
+        "__init__": __init__,
+        "__module__": cls.__module__,
+        "_keys_to_ignore_on_load_unexpected": [r".*"],  # the other half's keys
+    }
+    if half == "vision":  # nothing to tie, embed or generate with
+        members |= {
+            "_tied_weights_keys": None,
+            "get_input_embeddings": lambda self: None,
+            "get_output_embeddings": lambda self: None,
+            "can_generate": classmethod(lambda cls: False),
+        }
+    return type(cls.__name__, (cls,), members)
+
+
+def weights_digest(model: nn.Module, half: Half) -> str:
+    """BLAKE3 of the names, dtypes, shapes and bytes of one half's parameters, in a whole or a pruned model."""
+    base = base_of(model)
+    decoder = next(name for name in _DECODER_NAMES if hasattr(base, name))
+    prefix = "model." if base is not model else ""
+    language = (f"{prefix}{decoder}.", "lm_head.")
+    digest = blake3.blake3(max_threads=blake3.blake3.AUTO)
+    for name, parameter in sorted(model.named_parameters(remove_duplicate=False)):
+        if name.startswith(language) == (half == "language"):
+            digest.update(framed_digest(name, str(parameter.dtype), str(tuple(parameter.shape))).encode())
+            digest.update(_raw_bytes(parameter))
+    return digest.hexdigest()
+
+
+def _prune(model: PreTrainedModel, half: Half) -> None:
+    base = base_of(model)
+    decoder = next(name for name in _DECODER_NAMES if hasattr(base, name))
+    if half == "vision":
+        setattr(base, decoder, Absent(decoder, getattr(base, decoder).config))
+        if isinstance(getattr(model, "lm_head", None), nn.Module):
+            model.lm_head = Absent("lm_head")
+        for module in {model, base}:
+            module.all_tied_weights_keys = {}  # both ends of the tie are gone
+        return
+    # Bare parameters of the base (image_newline, query_tokens) stay: _init_weights touches them by name.
+    for name, child in list(base.named_children()):
+        if name not in (decoder, "lm_head"):
+            setattr(base, name, Absent(name, getattr(child, "config", None)))
+
+
+def _from_checkpoint(
+    cls: type[PreTrainedModel], config: Any, directory: Path, dtype: torch.dtype, half: Half
+) -> PreTrainedModel:
+    model, info = cls.from_pretrained(directory, config=config, dtype=dtype, output_loading_info=True)
+    # from_pretrained only logs missing weights and leaves them random.
+    for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
+        if info[problem]:
+            raise ValueError(f"{directory}: {problem} for the {half} half: {list(info[problem])[:3]}")
+    return model
+
+
+def _with_dummy_weights(cls: type[PreTrainedModel], config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """Random weights seeded by parameter name, so that two halves match the whole wherever they are made."""
+    model: PreTrainedModel = cls._from_config(config, dtype=dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:  # norms and biases keep their ones and zeros
+                generator = torch.Generator().manual_seed(int(framed_digest("dummy", name)[:15], 16))
+                parameter.normal_(0.0, 0.02, generator=generator)
+    return model
+
+
+def _tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _raw_bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,57 @@
+"""The configuration that both services share. Each default is written here once; nothing changes after it is built."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MIB = 1024**2
+
+
+class Config(BaseModel):
+    """A frozen model that refuses unknown fields: an option that has no effect is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ImageLimits(Config):
+    """What an image may cost before anything is decoded."""
+
+    max_images: int = Field(16, ge=0, description="images in one request")
+    max_image_bytes: int = Field(20 * MIB, ge=1, description="encoded bytes of one image")
+    max_image_pixels: int = Field(64 * 1000 * 1000, ge=1, description="decoded pixels of one image")
+
+
+class ModelConfig(Config):
+    """Which model, and how it computes."""
+
+    path: str = Field(description="a Hugging Face checkpoint directory, or an id of the hub")
+    served_name: str | None = Field(None, description="what the API calls the model; default: `path`")
+    revision: str | None = Field(None, description="the hub revision, if `path` is an id")
+    load_format: Literal["safetensors", "dummy"] = Field("safetensors", description="`dummy`: seeded random weights")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="`auto`: the checkpoint's on GPU, float32 on CPU"
+    )
+    numerics: Literal["exact", "fast"] = Field(
+        "exact", description="`exact`: an answer does not depend on its company; `fast`: free batching"
+    )
+    mrope_rule: Literal["auto", "qwen", "hf5"] = Field(
+        "auto", description="position rule after clips; `auto`: the checkpoint's `mrope_rule`, else `qwen`"
+    )
+    num_threads: int = Field(1, ge=1, description="torch threads of a replica on CPU; features depend on it")
+    min_pixels: int | None = Field(None, ge=1, description="pixel budget of an image; default: the checkpoint's")
+    max_pixels: int | None = Field(None, ge=1, description="pixel budget of an image; default: the checkpoint's")
+    limits: ImageLimits = ImageLimits()
+
+
+class CacheConfig(Config):
+    """Where embeddings are kept. Losing any of them costs time, never an answer."""
+
+    redis_url: str | None = Field(None, description="redis://, rediss:// or unix://; default: a private server")
+    local_bytes: int = Field(256 * MIB, ge=0, description="in-process tier of each replica")
+    redis_bytes: int = Field(512 * MIB, ge=8 * MIB, description="memory limit of the private server")
+    ttl_s: int = Field(24 * 3600, ge=1, description="lifetime of an entry in Redis")
+    connect_timeout_s: float = Field(0.05, gt=0)
+    timeout_s: float = Field(0.1, gt=0, description="base time limit of a Redis call, beside its transfer time")
+    min_bytes_per_s: float = Field(50 * MIB, gt=0, description="slowest transfer that is waited for")
+    write_queue_bytes: int = Field(64 * MIB, ge=0, description="entries waiting to be written; more are dropped")

@@ -1,0 +1,52 @@
+"""What can go wrong on behalf of a caller, and the HTTP status each failure means.
+
+    ServingError                    500
+    |-- InvalidRequestError         400   the request can never succeed as it is
+    |   `-- PayloadTooLargeError    413   ... because it has too many bytes
+    |-- ModelNotFoundError          404
+    |-- OverloadedError             429   the same request may succeed later
+    `-- UnavailableError            503   a part of the service is missing for now
+
+Anything else that is raised while serving is a bug and a 500. Messages name the field, the limit and the setting, and
+never contain text of a decoder or of another library.
+"""
+
+
+class ServingError(Exception):
+    """`param` names the offending field of the request, `code` is a stable machine-readable word.
+
+    Only `message` is a positional argument, so that the exception survives pickling with its attributes.
+    """
+
+    status = 500
+    type = "server_error"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code
+
+
+class InvalidRequestError(ServingError):
+    status = 400
+    type = "invalid_request_error"
+
+
+class PayloadTooLargeError(InvalidRequestError):
+    status = 413
+
+
+class ModelNotFoundError(ServingError):
+    status = 404
+    type = "invalid_request_error"
+
+
+class OverloadedError(ServingError):
+    status = 429
+    type = "rate_limit_error"
+
+
+class UnavailableError(ServingError):
+    status = 503
+    type = "service_unavailable_error"

@@ -1,0 +1,55 @@
+"""What makes two embeddings the same thing, and nothing else does."""
+
+from dataclasses import dataclass, fields
+
+import blake3
+
+from common.embedding import WIRE_VERSION
+
+
+def mm_hash(data: bytes) -> str:
+    """BLAKE3 of the image bytes as sent: 64 hex digits. Needs no decoding and is never shortened."""
+    return blake3.blake3(data).hexdigest()
+
+
+def framed_digest(*fields: str) -> str:
+    """BLAKE3 over length-framed UTF-8 strings, so that no two different lists collide by concatenation."""
+    digest = blake3.blake3()
+    for field in fields:
+        data = field.encode()
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingNamespace:
+    """Everything besides the image and its `MediaParams` that features depend on. The encoder owns it.
+
+    `device` is type and capability (`cpu/AVX512/1-thread`, `cuda/9.0`): kernels, and so bits, differ between them.
+    """
+
+    weights: str
+    model_class: str
+    dtype: str
+    numerics: str
+    device: str
+    torch_version: str
+    attn_implementation: str
+    preprocessing: str
+    image_decoder: str
+    tenant: str = ""
+    wire_version: int = WIRE_VERSION
+
+    def __str__(self) -> str:
+        values = ((field.name, str(getattr(self, field.name))) for field in fields(self))
+        return framed_digest(*(text for pair in values for text in pair))
+
+    def key(self, mm_hash: str, params: str) -> str:
+        """The cache key of one image under these circumstances."""
+        return f"{self}:{mm_hash}:{params}"
+
+
+def system_fingerprint(*, vision: EmbeddingNamespace, language_weights: str, mrope_rule: str, versions: str) -> str:
+    """What an answer depends on besides the request: both halves' weights, versions, numerics mode, position rule."""
+    return "fp_" + framed_digest(str(vision), language_weights, mrope_rule, versions)[:32]

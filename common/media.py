@@ -1,0 +1,105 @@
+"""What is sent to be encoded, and what an image's header alone says: type, size, orientation. No pixels here."""
+
+import io
+from dataclasses import dataclass
+
+from PIL import ExifTags, Image
+
+from common.config import ImageLimits
+from common.embedding import Grid
+from common.errors import InvalidRequestError, PayloadTooLargeError
+from common.families import ImageGeometry
+from common.identity import mm_hash
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+
+# Limits are ours and are checked before anything is decoded; Pillow's own limit would hide the size from the message.
+Image.MAX_IMAGE_PIXELS = None
+
+
+@dataclass(frozen=True, slots=True)
+class MediaParams:
+    """What features depend on besides the bytes and the namespace: the pixel budget. Part of the key."""
+
+    min_pixels: int
+    max_pixels: int
+
+    def grid(self, geometry: ImageGeometry, height: int, width: int) -> Grid:
+        """The patch grid of an image of this displayed size, in pixels, under this budget."""
+        return geometry.grid(height, width, min_pixels=self.min_pixels, max_pixels=self.max_pixels)
+
+    def __str__(self) -> str:
+        return f"max_pixels={self.max_pixels},min_pixels={self.min_pixels}"
+
+
+@dataclass(frozen=True, slots=True)
+class MediaItem:
+    """One image to be encoded: its bytes as sent, their `mm_hash`, and the params."""
+
+    data: bytes
+    mm_hash: str
+    params: MediaParams
+
+    @classmethod
+    def of(cls, data: bytes, params: MediaParams) -> "MediaItem":
+        return cls(data=data, mm_hash=mm_hash(data), params=params)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageHeader:
+    """`height` and `width` in pixels as displayed, that is with the EXIF `orientation` (1 to 8) applied."""
+
+    format: str
+    height: int
+    width: int
+    orientation: int
+
+
+def image_header(data: bytes, limits: ImageLimits) -> ImageHeader:
+    """Reads the header within the limits. Raises InvalidRequestError with both numbers when one is exceeded."""
+    image = open_image(data, limits)
+    assert image.format is not None
+    orientation = orientation_of(image)
+    width, height = image.size
+    if orientation >= 5:  # 5 to 8 swap the axes
+        width, height = height, width
+    return ImageHeader(format=image.format, height=height, width=width, orientation=orientation)
+
+
+def open_image(data: bytes, limits: ImageLimits) -> Image.Image:
+    """A lazily opened image whose size is within the limits; nothing is decoded yet."""
+    if not data:
+        raise InvalidRequestError("the image has 0 bytes", code="invalid_image")
+    if len(data) > limits.max_image_bytes:
+        raise PayloadTooLargeError(
+            f"the image has {len(data)} bytes, the limit is {limits.max_image_bytes} (limits.max_image_bytes)",
+            code="image_too_large",
+        )
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except MemoryError:
+        raise
+    except Exception as exc:  # decoders raise anything; their text may hold addresses, so it is not passed on
+        raise InvalidRequestError(
+            f"the data is not an image of a supported format ({', '.join(FORMATS)})", code="invalid_image"
+        ) from exc
+    width, height = image.size
+    if width * height > limits.max_image_pixels:
+        raise InvalidRequestError(
+            f"the image has {width} x {height} = {width * height} pixels, the limit is {limits.max_image_pixels} "
+            "(limits.max_image_pixels)",
+            code="image_too_large",
+        )
+    return image
+
+
+def orientation_of(image: Image.Image) -> int:
+    """EXIF orientation 1 to 8 of an opened image, from its header: a damaged or absent tag is 1.
+
+    The base class's method, because PngImageFile.getexif() decodes the whole picture to look behind it.
+    """
+    try:
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged metadata is no reason to refuse a picture
+        return 1
+    return orientation if orientation in range(1, 9) else 1

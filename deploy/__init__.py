@@ -1,0 +1,1 @@
+"""Binding, command line and operations: the only package that knows all the others."""

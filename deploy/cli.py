@@ -1,0 +1,179 @@
+"""The `fovea` command. Commands import what they need themselves, so that `--help` answers at once."""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Serve vision-language models in two halves, with an embedding cache between them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Url = Annotated[str, typer.Option(help="Where the service answers.")]
+Dashboard = Annotated[str, typer.Option(help="Ray's dashboard, through which the application is managed.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="A Serve YAML; default: serve_shapes.yaml, CPU.")]
+
+_URL = "http://127.0.0.1:8000"
+_DASHBOARD = "http://127.0.0.1:8265"
+
+
+def main() -> None:
+    """The console script: errors a user can mend are one line on stderr and exit status 1."""
+    if "RAY_ADDRESS" not in os.environ or (Path.home() / ".ray" / "auth_token").exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # read by Ray when it is imported
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end in order, as after Ctrl-C
+    try:
+        app()
+    except Exception as exc:
+        if type(exc).__name__ not in ("ServiceError", "ClientError"):
+            raise
+        print(f"fovea: {exc}", file=sys.stderr)
+        sys.exit(1)
+
+
+def progress() -> Callable[[str], None]:
+    """Prints lines with the seconds since now."""
+    started = time.monotonic()
+
+    def report(line: str) -> None:
+        print(f"[{time.monotonic() - started:5.1f} s] {line}", flush=True)
+
+    return report
+
+
+@app.command()
+def up(
+    model: Annotated[
+        str | None, typer.Option(help="A checkpoint directory or hub id; default: the embedded model.")
+    ] = None,
+    encoder_replicas: Annotated[int | None, typer.Option(min=1)] = None,
+    llm_replicas: Annotated[int | None, typer.Option(min=1)] = None,
+    redis_url: Annotated[
+        str | None, typer.Option(help="redis://, rediss:// or unix://; default: a private server.")
+    ] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535)] = None,
+    config: ConfigFile = None,
+) -> None:
+    """Start the service and keep serving until Ctrl-C or `fovea down`."""
+    from deploy import service
+
+    report = progress()
+    deployed = service.application_config(
+        config=config or service.DEFAULT_CONFIG,
+        model=model,
+        encoder_replicas=encoder_replicas,
+        llm_replicas=llm_replicas,
+        redis_url=redis_url,
+        port=port,
+    )
+    with service.running_service(deployed, report) as url:
+        report(f"ready at {url}/v1 - end with Ctrl-C or `fovea down`")
+        try:
+            while service.is_healthy(url):
+                time.sleep(2)
+            report("the application is gone")
+        except KeyboardInterrupt:
+            report("stopping")
+
+
+@app.command()
+def ask(
+    images_and_question: Annotated[list[str], typer.Argument(metavar="IMAGE... QUESTION")],
+    url: Url = _URL,
+    max_tokens: Annotated[int | None, typer.Option(min=1)] = None,
+) -> None:
+    """Ask about pictures; the answer streams in. Without a picture the question stands alone."""
+    from deploy import client
+
+    *images, question = images_and_question
+    answer = client.Client(url).ask([Path(image) for image in images], question, print_text=True, max_tokens=max_tokens)
+    for image, receipt in zip(images, answer.images, strict=True):
+        print(f"  {image}: {receipt['tokens']} tokens from {receipt['source']} in {receipt['ms']:.1f} ms")
+    print(f"  {answer.num_tokens} tokens in {answer.seconds * 1000:.0f} ms")
+
+
+@app.command()
+def status(dashboard: Dashboard = _DASHBOARD, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+    """Show the deployments and their replicas."""
+    import dataclasses
+
+    from deploy import service
+
+    details = service.details_of(service.connect(dashboard))
+    deployments = service.statuses(details)
+    if as_json:
+        print(json.dumps({"status": details["status"], "deployments": [dataclasses.asdict(d) for d in deployments]}))
+        return
+    print(f"{service.APPLICATION}: {details['status']}")
+    for deployment in deployments:
+        print(f"  {deployment.name:8} {deployment.status:10} {deployment.num_running} of {deployment.target} replicas")
+
+
+@app.command()
+def scale(
+    deployment: Annotated[str, typer.Argument(help="encoder or llm")],
+    replicas: Annotated[int, typer.Argument(help="how many replicas")],
+    dashboard: Dashboard = _DASHBOARD,
+) -> None:
+    """Change the number of replicas of one deployment; the other one and running requests are left alone."""
+    from deploy import service
+
+    report = progress()
+    connection = service.connect(dashboard)
+    service.scale(connection, deployment, replicas)
+    service.wait_until_scaled(connection, deployment, report)
+
+
+@app.command()
+def down(dashboard: Dashboard = _DASHBOARD) -> None:
+    """End the service; a `fovea up` that runs elsewhere ends too."""
+    from deploy import service
+
+    connection = service.connect(dashboard)
+    service.details_of(connection)
+    service.remove(connection)
+    print("Fovea is down")
+
+
+@app.command()
+def verify(
+    url: Annotated[str | None, typer.Option(help="A running service; default: one that is started for this.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The checkpoint the service serves; default: the embedded one.")
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="A folder of pictures; default: three drawn ones.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file with one prompt a line; default: five prompts.")] = None,
+    cold: Annotated[bool, typer.Option("--cold", help="Only first sight of each picture.")] = False,
+    warm: Annotated[bool, typer.Option("--warm", help="Only cache hits.")] = False,
+    batched: Annotated[bool, typer.Option("--batched", help="Only 16 requests at a time.")] = False,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    output: Annotated[Path, typer.Option(help="The report.")] = Path("fovea-verify.json"),
+) -> None:
+    """Prove that separating changes nothing: the one-piece model and the service, side by side."""
+    from deploy import verify as verification
+
+    chosen = [mode for mode, wanted in (("cold", cold), ("warm", warm), ("batched", batched)) if wanted]
+    passed = verification.run(
+        url=url,
+        model=model,
+        images=images,
+        prompts=prompts,
+        modes=chosen or ["cold", "warm", "batched"],
+        max_tokens=max_tokens,
+        output=output,
+        report=progress(),
+    )
+    raise typer.Exit(0 if passed else 1)
+
+
+if __name__ == "__main__":
+    main()

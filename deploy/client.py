@@ -1,0 +1,127 @@
+"""A small client of the HTTP API, for the command, the demo and `fovea verify`."""
+
+import base64
+import json
+import mimetypes
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx2
+
+TIMEOUT_S = 600.0
+
+
+class ClientError(RuntimeError):
+    """The service refused, failed or cannot be reached; the message says which."""
+
+
+@dataclass(slots=True)
+class Answer:
+    """`images` are the receipts of `usage`; `seconds` is from the request to its last byte."""
+
+    text: str = ""
+    finish_reason: str | None = None
+    images: list[dict[str, Any]] = field(default_factory=list)
+    num_tokens: int = 0
+    fingerprint: str | None = None
+    seconds: float = 0.0
+
+
+class Client:
+    """Asks about pictures at one URL. Thread-safe."""
+
+    def __init__(self, url: str) -> None:
+        self._http = httpx2.Client(base_url=url, timeout=TIMEOUT_S)
+        self._url = url
+        self._model: str | None = None
+
+    def model(self) -> str:
+        """The name of the model that is served."""
+        if self._model is None:
+            try:
+                self._model = self._http.get("/v1/models").raise_for_status().json()["data"][0]["id"]
+            except (httpx2.HTTPError, ValueError, KeyError) as exc:
+                raise ClientError(f"no Fovea service answers at {self._url}; start one with `fovea up`") from exc
+        assert self._model is not None
+        return self._model
+
+    def fingerprint(self) -> str:
+        """What the service's answers depend on besides the request."""
+        fingerprint: str = self._http.get("/health").raise_for_status().json()["system_fingerprint"]
+        return fingerprint
+
+    def ask(
+        self,
+        images: Sequence[Path | bytes],
+        question: str,
+        *,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        print_text: bool = False,
+    ) -> Answer:
+        """Streams one answer. Raises ClientError with the service's own message if it refuses or fails."""
+        content = [_image_part(image) for image in images] + [{"type": "text", "text": question}]
+        body: dict[str, Any] = {
+            "model": self.model(),
+            "messages": [{"role": "user", "content": content}],
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        optional = {"max_tokens": max_tokens, "temperature": temperature}
+        body |= {name: value for name, value in optional.items() if value is not None}
+        started = time.perf_counter()
+        answer = Answer()
+        try:
+            with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
+                if response.status_code != 200:
+                    raise ClientError(_message(response.read()))
+                for line in response.iter_lines():
+                    if line.startswith("data: ") and line != "data: [DONE]":
+                        _add(answer, json.loads(line[6:]), print_text)
+        except httpx2.HTTPError as exc:
+            raise ClientError(f"the connection to {self._url} failed: {exc}") from exc
+        answer.seconds = time.perf_counter() - started
+        if answer.finish_reason is None:
+            raise ClientError("the answer ended without a finish reason")
+        if print_text:
+            print(flush=True)
+        return answer
+
+
+def _add(answer: Answer, chunk: dict[str, Any], print_text: bool) -> None:
+    if "error" in chunk:
+        raise ClientError(chunk["error"]["message"])
+    answer.fingerprint = chunk["system_fingerprint"]
+    for choice in chunk["choices"]:
+        text = choice["delta"].get("content", "")
+        answer.text += text
+        answer.finish_reason = choice["finish_reason"] or answer.finish_reason
+        if print_text:
+            print(text, end="", flush=True)
+    if usage := chunk.get("usage"):
+        answer.images = usage["images"]
+        answer.num_tokens = usage["completion_tokens"]
+
+
+def _image_part(image: Path | bytes) -> dict[str, Any]:
+    if isinstance(image, Path):
+        try:
+            data = image.read_bytes()
+        except OSError as exc:
+            raise ClientError(f"{image}: {exc.strerror}") from exc
+        media_type = mimetypes.guess_type(image.name)[0] or "image/png"
+    else:
+        data, media_type = image, "image/png"
+    url = f"data:{media_type};base64,{base64.b64encode(data).decode()}"
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def _message(body: bytes) -> str:
+    try:
+        message: str = json.loads(body)["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        return body.decode(errors="replace")[:500]
+    return message

@@ -1,0 +1,1 @@
+"""The vision half: image bytes in, packed embeddings out."""

@@ -1,0 +1,73 @@
+"""Collects waiting images into batches of a bounded number of patches and runs them one batch at a time."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from common.embedding import VisionEmbedding
+from common.errors import OverloadedError
+from encoder_service.config import EncoderConfig
+from encoder_service.preprocess import PreprocessedImage
+
+Encode = Callable[[list[PreprocessedImage]], list[VisionEmbedding]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    image: PreprocessedImage
+    result: asyncio.Future[VisionEmbedding]
+
+
+class Batcher:
+    """First come, first served. While one batch runs, the next one gathers; images nobody waits for are skipped."""
+
+    def __init__(self, encode: Encode, config: EncoderConfig) -> None:
+        self._encode = encode
+        self._config = config
+        self._queue: deque[_Waiting] = deque()
+        self._device = ThreadPoolExecutor(1, thread_name_prefix="vision-encoder")
+        self._running: asyncio.Task[None] | None = None
+
+    async def submit(self, image: PreprocessedImage) -> VisionEmbedding:
+        """Raises OverloadedError at once when the queue is full."""
+        if len(self._queue) >= self._config.max_queued_images:
+            raise OverloadedError(
+                f"{len(self._queue)} images are waiting for the encoder, the limit is "
+                f"{self._config.max_queued_images} (encoder.max_queued_images)"
+            )
+        waiting = _Waiting(image, asyncio.get_running_loop().create_future())
+        self._queue.append(waiting)
+        if self._running is None or self._running.done():
+            self._running = asyncio.create_task(self._run())
+        return await waiting.result
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        while batch := self._next_batch():
+            images = [waiting.image for waiting in batch]
+            try:
+                embeddings = await loop.run_in_executor(self._device, self._encode, images)
+            except Exception as exc:  # every caller of the batch gets it; the next batch goes on
+                for waiting in batch:
+                    if not waiting.result.done():
+                        waiting.result.set_exception(exc)
+                continue
+            for waiting, embedding in zip(batch, embeddings, strict=True):
+                if not waiting.result.done():
+                    waiting.result.set_result(embedding)
+
+    def _next_batch(self) -> list[_Waiting]:
+        """As many images from the head of the queue as fit the budget, at least one if anyone is waiting."""
+        batch: list[_Waiting] = []
+        num_patches = 0
+        while self._queue:
+            head = self._queue[0]
+            if not head.result.done():
+                if batch and num_patches + head.image.num_patches > self._config.max_batch_patches:
+                    break
+                batch.append(head)
+                num_patches += head.image.num_patches
+            self._queue.popleft()
+        return batch

@@ -1,0 +1,32 @@
+"""The Ray Serve shell around EncoderServer."""
+
+from ray import serve
+from ray.serve.config import RequestRouterConfig
+
+from common.config import CacheConfig, ModelConfig
+from common.identity import EmbeddingNamespace
+from common.media import MediaItem
+from common.redis_store import open_cache
+from encoder_service.config import EncoderConfig
+from encoder_service.server import EncoderServer
+
+# A key is the image's digest, so identical images meet at one replica, where they are encoded once.
+_BY_IMAGE = RequestRouterConfig(
+    request_router_class="ray.serve.experimental.consistent_hash_router.ConsistentHashRouter",
+    request_router_kwargs={"num_fallback_replicas": 0},
+)
+
+
+@serve.deployment(name="encoder", request_router_config=_BY_IMAGE)
+class EncoderDeployment:
+    """Replica count, GPUs and autoscaling are set by name in the application's YAML."""
+
+    def __init__(self, model: ModelConfig, config: EncoderConfig, cache: CacheConfig) -> None:
+        replica = serve.get_replica_context().replica_tag
+        self._server = EncoderServer(model, config, open_cache(cache), producer=replica)
+
+    async def encode(self, item: MediaItem) -> bytes:
+        return await self._server.encode(item)
+
+    async def describe(self) -> EmbeddingNamespace:
+        return await self._server.describe()

@@ -1,0 +1,1 @@
+"""The language half: prompts and embeddings in, text out, behind an OpenAI-compatible API."""

@@ -1,0 +1,142 @@
+"""Messages of any API -> text and image bytes in the order in which the model sees them."""
+
+import base64
+import binascii
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+from common.config import ImageLimits
+from common.errors import InvalidRequestError, PayloadTooLargeError
+
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+
+Detail = Literal["auto", "low", "high", "original"]
+
+# RFC 2397 with base64: data:image/png;charset=x;base64,....; scheme and type are case-insensitive
+_DATA_URL = re.compile(r"data:(?P<type>[^;,]*)(?P<parameters>(?:;[^;,]*)*),(?P<data>.*)", re.IGNORECASE | re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePart:
+    """`field` is where the image stood in the request, for error messages."""
+
+    data: bytes
+    detail: Detail
+    field: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    role: str
+    content: list[str | ImagePart]
+
+    def for_template(self) -> dict[str, Any]:
+        """What chat templates expect: a string, or parts in which an image is a bare marker."""
+        if all(isinstance(part, str) for part in self.content):
+            return {"role": self.role, "content": "".join(part for part in self.content if isinstance(part, str))}
+        parts = [
+            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in self.content
+        ]
+        return {"role": self.role, "content": parts}
+
+
+def parse_messages(messages: Sequence[Mapping[str, Any]], limits: ImageLimits) -> list[ChatMessage]:
+    """Raises InvalidRequestError with the path of the first field that is wrong."""
+    if not messages:
+        raise InvalidRequestError("messages must not be empty", param="messages")
+    parsed = [_parse_message(message, f"messages[{index}]", limits) for index, message in enumerate(messages)]
+    num_images = len(images_of(parsed))
+    if num_images > limits.max_images:
+        raise InvalidRequestError(
+            f"{num_images} images were sent, the limit is {limits.max_images} (limits.max_images)",
+            param="messages",
+            code="too_many_images",
+        )
+    return parsed
+
+
+def images_of(messages: Sequence[ChatMessage]) -> list[ImagePart]:
+    return [part for message in messages for part in message.content if isinstance(part, ImagePart)]
+
+
+def decode_data_url(url: str, field: str, limits: ImageLimits) -> bytes:
+    """The bytes of a base64 `data:` URL whose type is an image's. What the bytes really hold is found out later."""
+    match = _DATA_URL.fullmatch(url.strip())
+    if match is None:
+        raise InvalidRequestError(
+            "images are sent as data URLs (data:image/png;base64,...); fetching other URLs is off",
+            param=field,
+            code="invalid_image_url",
+        )
+    if not match["type"].strip().lower().startswith("image/"):
+        raise InvalidRequestError(
+            f"the data URL has the type {match['type'][:64]!r}, not an image's", param=field, code="invalid_image_url"
+        )
+    if ";base64" not in match["parameters"].lower():
+        raise InvalidRequestError("the data URL is not base64", param=field, code="invalid_base64")
+    if len(match["data"]) > limits.max_image_bytes * 4 // 3 + 4:
+        raise PayloadTooLargeError(
+            f"the image has more than {limits.max_image_bytes} bytes (limits.max_image_bytes)",
+            param=field,
+            code="image_too_large",
+        )
+    try:
+        return base64.b64decode("".join(match["data"].split()), validate=True)
+    except (binascii.Error, ValueError) as exc:
+        raise InvalidRequestError("the data URL is not valid base64", param=field, code="invalid_base64") from exc
+
+
+def _parse_message(message: Mapping[str, Any], field: str, limits: ImageLimits) -> ChatMessage:
+    role = message.get("role")
+    if role not in ROLES:
+        raise InvalidRequestError(f"role must be one of {sorted(ROLES)}, not {role!r}", param=f"{field}.role")
+    content = message.get("content")
+    if content is None and role == "assistant":
+        return ChatMessage(role=role, content=[])
+    if isinstance(content, str):
+        return ChatMessage(role=ROLES[role], content=[_checked_text(content, f"{field}.content")])
+    if not isinstance(content, list):
+        raise InvalidRequestError("content must be a string or a list of parts", param=f"{field}.content")
+    parts = [_parse_part(part, f"{field}.content[{index}]", limits) for index, part in enumerate(content)]
+    return ChatMessage(role=ROLES[role], content=parts)
+
+
+def _parse_part(part: object, field: str, limits: ImageLimits) -> str | ImagePart:
+    if not isinstance(part, Mapping):
+        raise InvalidRequestError("a content part must be an object", param=field)
+    match part.get("type"):
+        case "text":
+            text = part.get("text")
+            if not isinstance(text, str):
+                raise InvalidRequestError("text must be a string", param=f"{field}.text")
+            return _checked_text(text, f"{field}.text")
+        case "image_url":
+            return _parse_image(part.get("image_url"), f"{field}.image_url", limits)
+        case other:
+            raise InvalidRequestError(
+                f"content parts of type {other!r} are not supported; supported are 'text' and 'image_url'",
+                param=f"{field}.type",
+                code="unsupported_content_part",
+            )
+
+
+def _checked_text(text: str, field: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as exc:
+        raise InvalidRequestError("text must be valid Unicode, without lone surrogates", param=field) from exc
+    return text
+
+
+def _parse_image(image: object, field: str, limits: ImageLimits) -> ImagePart:
+    if not isinstance(image, Mapping) or not isinstance(image.get("url"), str):
+        raise InvalidRequestError('image_url must be an object with a string "url"', param=field)
+    detail = image.get("detail") or "auto"
+    if detail not in get_args(Detail):
+        raise InvalidRequestError(
+            f"detail must be one of {list(get_args(Detail))}, not {detail!r}", param=f"{field}.detail"
+        )
+    data = decode_data_url(image["url"], f"{field}.url", limits)
+    return ImagePart(data=data, detail=cast(Detail, detail), field=f"{field}.url")

@@ -1,0 +1,84 @@
+"""The Ray Serve shell around LLMServer: builds the HTTP app in the replica and owns the encoder handle."""
+
+import asyncio
+import contextvars
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from fastapi import FastAPI
+from ray import serve
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle
+
+from common.config import CacheConfig, ModelConfig
+from common.errors import OverloadedError, ServingError, UnavailableError
+from common.identity import EmbeddingNamespace
+from common.media import MediaItem
+from common.redis_store import open_cache
+from llm_service.api.app import create_app
+from llm_service.config import EngineConfig
+from llm_service.server import LLMServer
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class EncoderHandle:
+    """The encoder service over Ray Serve: identical images go to the same replica, a lost replica is tried again.
+
+    Encoding has no side effect but a cache entry, so repeating it is safe.
+    """
+
+    TIMEOUT_S = 60.0
+    RETRY_AFTER_S = 0.2  # time for the router to learn that a replica is gone
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+
+    async def encode(self, item: MediaItem) -> bytes:
+        # The consistent hash is over the image alone: a new namespace keeps its images where they were.
+        handle = self._handle.options(session_id=item.mm_hash)
+        return await self._retry(lambda: handle.encode.remote(item))
+
+    async def describe(self) -> EmbeddingNamespace:
+        return await self._retry(lambda: self._handle.describe.remote())
+
+    async def _retry(self, call: Callable[[], Awaitable[T]]) -> T:
+        try:
+            async with asyncio.timeout(self.TIMEOUT_S):
+                while True:
+                    try:
+                        # In an empty context, because calls of one HTTP request would share its request id, of which
+                        # the router keeps one, and because an encode that others wait for outlives the request.
+                        return await contextvars.Context().run(call)
+                    except RayActorError:
+                        logger.warning("an encoder replica was lost, asking another one")
+                        await asyncio.sleep(self.RETRY_AFTER_S)
+        except RayTaskError as exc:
+            # The error's text is a remote traceback; its cause is what was raised.
+            if isinstance(exc.cause, ServingError):
+                raise exc.cause from None
+            raise
+        except BackPressureError as exc:
+            raise OverloadedError("too many images wait for the encoder service") from exc
+        except TimeoutError as exc:
+            raise UnavailableError(f"the encoder service gave no answer within {self.TIMEOUT_S:.0f} s") from exc
+
+
+@serve.deployment(name="llm")
+@serve.ingress()
+class LLMDeployment:
+    """The application's ingress. Replica count, GPUs and autoscaling are set by name in the application's YAML."""
+
+    def __init__(self, model: ModelConfig, config: EngineConfig, cache: CacheConfig, encoder: DeploymentHandle) -> None:
+        self._server = LLMServer(model, config, open_cache(cache), EncoderHandle(encoder))
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_app(self._server)
+
+    async def check_health(self) -> None:
+        """Called by Serve; raising replaces the replica."""
+        self._server.engine.check_health()

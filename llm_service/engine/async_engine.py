@@ -1,0 +1,180 @@
+"""The engine's thread, and `generate()` for the event loop. They meet at a queue and at `call_soon_threadsafe`."""
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, replace
+
+from common.errors import ServingError, UnavailableError
+from llm_service.engine.engine import LLMEngine
+from llm_service.engine.request import FinishReason, Request, RequestOutput
+
+logger = logging.getLogger(__name__)
+
+
+class AsyncLLMEngine:
+    """Runs `engine.step()` on a thread of its own while there is work.
+
+    Between `start()` and `shutdown()` only that thread touches the engine, but for the two gauges.
+    """
+
+    def __init__(self, engine: LLMEngine) -> None:
+        self._engine = engine
+        self._commands: queue.SimpleQueue[_Add | _Abort | None] = queue.SimpleQueue()  # None: shut down
+        self._streams: dict[str, _Stream] = {}  # the engine thread's, by request id
+        self._thread = threading.Thread(target=self._run, name="llm-engine", daemon=True)
+        self._failure: UnavailableError | None = UnavailableError("the engine is not started")
+
+    @property
+    def num_running(self) -> int:
+        return len(self._engine.scheduler.running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._engine.scheduler.waiting) + self._commands.qsize()
+
+    def start(self) -> None:
+        self._failure = None
+        self._thread.start()
+
+    def shutdown(self) -> None:
+        """Ends the thread after its current step; requests in flight end with UnavailableError."""
+        if self._thread.is_alive():
+            self._commands.put(None)
+            self._thread.join()
+
+    def check_health(self) -> None:
+        """Raises UnavailableError, from its cause, when the engine's thread is not there to answer."""
+        if self._failure is not None:
+            raise UnavailableError(self._failure.message) from self._failure.__cause__
+
+    async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
+        """Outputs of one request until its finish; those that were not read yet come merged into one.
+
+        Whatever `add_request()` raises is raised before the first output. Leaving early aborts the request; leave
+        through `contextlib.aclosing()`, so that this happens at once.
+        """
+        stream = _Stream()
+        self._commands.put(_Add(request, stream))
+        self.check_health()  # after put(): a thread that ends either sees the command or is seen here
+        finished = False
+        try:
+            while not finished:
+                output = await stream.next()
+                finished = output.finish_reason is not None
+                if output.finish_reason is FinishReason.ERROR:
+                    raise ServingError("the model's logits are not finite", code="non_finite_logits")
+                yield output
+        finally:
+            if not finished:
+                self._commands.put(_Abort(request.request_id, stream))
+
+    def _run(self) -> None:
+        failure = UnavailableError("the engine is shut down")
+        try:
+            while self._apply_commands():
+                for output in self._engine.step():
+                    self._deliver(output)
+        except BaseException as exc:  # the thread would end in silence
+            logger.exception("the engine thread failed with %d requests", len(self._streams))
+            failure = UnavailableError("the engine has failed")
+            failure.__cause__ = exc
+        self._fail_all(failure)
+
+    def _apply_commands(self) -> bool:
+        """Takes what has arrived, and waits for more while there is nothing to compute. False: shut down."""
+        while True:
+            try:
+                command = self._commands.get(block=not self._engine.has_unfinished_requests())
+            except queue.Empty:
+                return True
+            match command:
+                case _Add():
+                    self._add(command)
+                case _Abort():
+                    self._abort(command)
+                case None:
+                    return False
+
+    def _add(self, command: "_Add") -> None:
+        try:
+            self._engine.add_request(command.request)
+        except (ServingError, ValueError) as exc:
+            command.stream.send(exc)
+        else:
+            self._streams[command.request.request_id] = command.stream
+
+    def _abort(self, command: "_Abort") -> None:
+        # A request that was refused for its id must not abort the one that has it.
+        if self._streams.get(command.request_id) is command.stream:
+            del self._streams[command.request_id]
+            self._engine.abort_request(command.request_id)
+
+    def _deliver(self, output: RequestOutput) -> None:
+        self._streams[output.request_id].send(output)
+        if output.finish_reason is not None:
+            del self._streams[output.request_id]
+
+    def _fail_all(self, failure: UnavailableError) -> None:
+        """Ends every request in flight, and refuses those to come."""
+        self._failure = failure
+        streams = list(self._streams.values())
+        with contextlib.suppress(queue.Empty):
+            while True:
+                command = self._commands.get(block=False)
+                if isinstance(command, _Add):
+                    streams.append(command.stream)
+        for stream in streams:
+            error = UnavailableError(failure.message)  # one each: a raised exception collects its raiser's frames
+            error.__cause__ = failure.__cause__
+            stream.send(error)
+
+
+class _Stream:
+    """One request's outputs on their way from the engine thread to the event loop that made it."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._arrived = asyncio.Event()
+        self._output: RequestOutput | None = None
+        self._error: Exception | None = None
+
+    def send(self, item: RequestOutput | Exception) -> None:
+        """Called by the engine thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to read
+            self._loop.call_soon_threadsafe(self._receive, item)
+
+    async def next(self) -> RequestOutput:
+        """All that is new, as one output; what arrived before an error comes before it."""
+        await self._arrived.wait()
+        if self._output is None:
+            assert self._error is not None
+            raise self._error
+        output, self._output = self._output, None
+        if self._error is None:
+            self._arrived.clear()
+        return output
+
+    def _receive(self, item: RequestOutput | Exception) -> None:
+        if isinstance(item, Exception):
+            self._error = item
+        elif self._output is None:
+            self._output = item
+        else:
+            self._output = replace(item, token_ids=self._output.token_ids + item.token_ids)
+        self._arrived.set()
+
+
+@dataclass(frozen=True, slots=True)
+class _Add:
+    request: Request
+    stream: _Stream
+
+
+@dataclass(frozen=True, slots=True)
+class _Abort:
+    request_id: str
+    stream: _Stream

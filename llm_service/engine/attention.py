@@ -1,0 +1,83 @@
+"""Paged attention for transformers' attention interface: packed sequences in, keys and values in blocks.
+
+A plain reference in SDPA, one call a sequence, on any device. Importing this module registers it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface
+
+# transformers builds a mask only for names in its mask registry; under this one the metadata below says it all.
+ATTENTION_IMPLEMENTATION = "fovea_paged"
+
+
+@dataclass(frozen=True, slots=True)
+class PackedSequence:
+    """One sequence's share of a packed forward. Its queries are the last rows of its context."""
+
+    rows: slice
+    blocks: Tensor  # [num_blocks] of the context, in order
+    num_context_tokens: int
+    mask: Tensor | None  # [num_rows, num_context_tokens], causal; None for a single row, which sees everything
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMetadata:
+    """What attention must know about one packed forward. Rows after those in `slot_mapping` are padding."""
+
+    kv_cache: Tensor  # [layers, 2, blocks, block_size, kv_heads, head_dim]
+    slot_mapping: Tensor  # [T]: where each new row's key and value go, as block * block_size + offset
+    sequences: list[PackedSequence]
+
+
+def causal_mask(num_rows: int, num_context_tokens: int, device: torch.device) -> Tensor | None:
+    if num_rows == 1:
+        return None
+    mask = torch.ones(num_rows, num_context_tokens, dtype=torch.bool, device=device)
+    return mask.tril(num_context_tokens - num_rows)
+
+
+def paged_attention(
+    module: Any,
+    query: Tensor,  # [1, heads, T, head_dim], rotated, as are the keys
+    key: Tensor,  # [1, kv_heads, T, head_dim]
+    value: Tensor,
+    attention_mask: None,
+    *,
+    scaling: float,
+    attention_metadata: AttentionMetadata,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Writes the new keys and values to their slots, then attends; returns `[1, T, heads, head_dim]`."""
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    key_cache, value_cache = attention_metadata.kv_cache[module.layer_idx]
+    _write(key_cache, key, attention_metadata.slot_mapping)
+    _write(value_cache, value, attention_metadata.slot_mapping)
+    output = torch.zeros_like(query, memory_format=torch.contiguous_format)
+    for sequence in attention_metadata.sequences:
+        attended = F.scaled_dot_product_attention(
+            query[sequence.rows].transpose(0, 1)[None],
+            _context(key_cache, sequence),
+            _context(value_cache, sequence),
+            attn_mask=sequence.mask,
+            scale=scaling,
+            enable_gqa=True,
+        )
+        output[sequence.rows] = attended[0].transpose(0, 1)
+    return output[None], None
+
+
+def _write(cache: Tensor, rows: Tensor, slot_mapping: Tensor) -> None:
+    cache.view(-1, *rows.shape[1:]).index_copy_(0, slot_mapping, rows[: len(slot_mapping)])
+
+
+def _context(cache: Tensor, sequence: PackedSequence) -> Tensor:
+    """`[1, kv_heads, num_context_tokens, head_dim]`, gathered; never longer, because padding would change bits."""
+    return cache[sequence.blocks].flatten(0, 1)[: sequence.num_context_tokens].transpose(0, 1)[None]
+
+
+AttentionInterface.register(ATTENTION_IMPLEMENTATION, paged_attention)

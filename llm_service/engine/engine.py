@@ -1,0 +1,145 @@
+"""LLMEngine: requests in, tokens out, one step at a time. One thread calls it."""
+
+import math
+from typing import Literal
+
+from common.checkpoint import LoadedHalf
+from common.errors import InvalidRequestError
+from common.families import MropeRule
+from llm_service.config import EngineConfig
+from llm_service.engine.kv_cache import KVCacheManager
+from llm_service.engine.model_runner import ModelRunner
+from llm_service.engine.request import Request, RequestOutput, SamplingParams
+from llm_service.engine.sampler import Sampler
+from llm_service.engine.scheduler import Scheduler
+
+
+class LLMEngine:
+    """`mrope_rule` is the rule behind the positions of all requests; KV blocks of another rule are never shared.
+
+    `max_model_len` is what one request, prompt and answer, may really have: the configured number, the model's own or
+    the KV memory, whichever is least.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedHalf,
+        config: EngineConfig,
+        *,
+        numerics: Literal["exact", "fast"],
+        eos_token_ids: frozenset[int],
+        mrope_rule: MropeRule,
+    ) -> None:
+        exact = numerics == "exact"
+        text_config = loaded.config.get_text_config()
+        self.config = config
+        self.vocab_size: int = text_config.vocab_size
+        self.hidden_size: int = text_config.hidden_size
+        self.model_max_len: int = text_config.max_position_embeddings
+        self.num_kv_tokens = config.num_kv_blocks * config.block_size
+        self.max_model_len = min(config.max_model_len, self.model_max_len, self.num_kv_tokens)
+        self.kv_cache_manager = KVCacheManager(
+            config.num_kv_blocks,
+            config.block_size,
+            prefix_multiple=config.prefill_chunk_size if exact else config.block_size,
+            position_rule=mrope_rule,
+        )
+        self.scheduler = Scheduler(
+            config,
+            self.kv_cache_manager,
+            max_num_tokens=self.max_model_len,
+            eos_token_ids=eos_token_ids,
+            exact=exact,
+        )
+        self.model_runner = ModelRunner(loaded, config, exact=exact)
+        self.sampler = Sampler(eos_token_ids)
+        self.eos_token_ids = eos_token_ids
+        self._requests: dict[str, Request] = {}  # the unfinished ones
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self._requests)
+
+    def add_request(self, request: Request) -> None:
+        """Queues a request. Raises InvalidRequestError for one that can never be served as it is."""
+        self._check(request)
+        check_sampling_params(request.sampling_params, self.eos_token_ids, self.vocab_size)
+        self._requests[request.request_id] = request
+        self.scheduler.add(request)
+
+    def abort_request(self, request_id: str) -> None:
+        """Forgets a request and frees its blocks; an unknown or finished one is no error."""
+        request = self._requests.pop(request_id, None)
+        if request is not None:
+            self.scheduler.abort(request)
+            self._check_when_idle()
+
+    def step(self) -> list[RequestOutput]:
+        """Computes one batch; returns what is new. On CPU launching and reading back are the same."""
+        scheduled = self.scheduler.schedule()
+        logits_BV = self.model_runner.execute(scheduled)
+        token_ids = self.sampler.sample(logits_BV, scheduled.yielding_requests)
+        outputs = self.scheduler.update(scheduled, token_ids)
+        for output in outputs:
+            if output.finish_reason is not None:
+                del self._requests[output.request_id]
+        self._check_when_idle()
+        return outputs
+
+    def _check_when_idle(self) -> None:
+        if not self._requests:
+            self.kv_cache_manager.check_integrity()
+
+    def _check(self, request: Request) -> None:
+        """Keeps from the batch what would fail, or spoil, the step of everybody."""
+        num_tokens = request.num_prompt_tokens
+        if num_tokens + 1 > self.max_model_len:
+            raise InvalidRequestError(
+                f"the prompt has {num_tokens} tokens; with at least 1 token of answer it exceeds {self.max_model_len}, "
+                f"the least of max_model_len {self.config.max_model_len}, the model's own {self.model_max_len}, and "
+                f"num_kv_blocks {self.config.num_kv_blocks} x block_size {self.config.block_size}",
+                param="messages",
+                code="context_length_exceeded",
+            )
+        name = f"request {request.request_id}"
+        if request.request_id in self._requests:
+            raise ValueError(f"{name} is already being served")
+        if not num_tokens or not all(0 <= token < self.vocab_size for token in request.prompt_token_ids):
+            raise ValueError(f"{name} must have tokens, all below {self.vocab_size}")
+        if request.positions.shape != (3, num_tokens):
+            raise ValueError(f"{name} has {num_tokens} tokens but positions of shape {tuple(request.positions.shape)}")
+        end = 0
+        for feature in request.mm_features:
+            offset, length = feature.position.offset, feature.position.length
+            features_ND = feature.embedding.features
+            if not end <= offset <= offset + length <= num_tokens:
+                raise ValueError(f"{name} has an image at {offset} of length {length}, out of order or of its prompt")
+            if features_ND.shape != (length, self.hidden_size):
+                raise ValueError(
+                    f"{name} has features of shape {tuple(features_ND.shape)} for {length} placeholders of hidden size "
+                    f"{self.hidden_size}"
+                )
+            end = offset + length
+
+
+def check_sampling_params(params: SamplingParams, eos_token_ids: frozenset[int], vocab_size: int) -> None:
+    """Raises InvalidRequestError for numbers that have no meaning, or that would leave no token to choose."""
+    end_token_ids = params.end_token_ids(eos_token_ids)
+    rules = {
+        "temperature": (0 <= params.temperature < math.inf, "at least 0"),
+        "top_p": (0 < params.top_p <= 1, "above 0 and at most 1"),
+        "top_k": (params.top_k >= 0, "at least 0"),
+        "min_p": (0 <= params.min_p <= 1, "from 0 to 1"),
+        "repetition_penalty": (0.01 <= params.repetition_penalty <= 100, "from 0.01 to 100"),
+        "presence_penalty": (-2 <= params.presence_penalty <= 2, "from -2 to 2"),
+        "frequency_penalty": (-2 <= params.frequency_penalty <= 2, "from -2 to 2"),
+        "seed": (params.seed is None or -(2**63) <= params.seed < 2**63, "a signed 64-bit integer"),
+        "max_tokens": (params.max_tokens is None or params.max_tokens >= 1, "at least 1"),
+        "min_tokens": (params.min_tokens >= 0, "at least 0"),
+        "stop_token_ids": (
+            all(0 <= token < vocab_size for token in params.stop_token_ids) and len(end_token_ids) < vocab_size,
+            f"some of the vocabulary of {vocab_size} tokens",
+        ),
+    }
+    for name, (holds, wanted) in rules.items():
+        if not holds:
+            raise InvalidRequestError(f"{name} must be {wanted}, not {getattr(params, name)!r}", param=name)

@@ -1,0 +1,126 @@
+"""One packed forward of the decoder: SchedulerOutput in, logits out. Owns the weights and the KV memory."""
+
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.checkpoint import LoadedHalf
+from llm_service.config import EngineConfig
+from llm_service.engine.attention import ATTENTION_IMPLEMENTATION, AttentionMetadata, PackedSequence, causal_mask
+from llm_service.engine.request import Request
+from llm_service.engine.scheduler import ScheduledRequest, SchedulerOutput
+
+# T: rows of all sequences, packed; D: hidden size; B: sequences that get a token; V: vocabulary.
+
+# A matrix product picks its kernel by its number of rows, and every kernel sums in its own order. From 16 rows on it
+# is one kernel on the CPUs that were measured, so `exact` numerics never shows a product fewer.
+MIN_EXACT_ROWS = 16
+
+
+class ModelRunner:
+    """Calls the text model of the stock class, never its outer forward, which keeps position state between calls."""
+
+    def __init__(self, loaded: LoadedHalf, config: EngineConfig, *, exact: bool) -> None:
+        self.device, self.dtype = loaded.device, loaded.dtype
+        self.language_model: Any = loaded.model.model.language_model
+        self.lm_head: Any = loaded.model.lm_head
+        self.block_size = config.block_size
+        self.min_rows = MIN_EXACT_ROWS if exact else 1
+        text_config = self.language_model.config
+        _check_supported(text_config)
+        text_config._attn_implementation = ATTENTION_IMPLEMENTATION
+        self.kv_cache = torch.zeros(kv_cache_shape(text_config, config), dtype=self.dtype, device=self.device)
+
+    @torch.inference_mode()
+    def execute(self, output: SchedulerOutput) -> Tensor:
+        """float32 logits `[B, V]` of the yielding requests, in their order; B may be 0."""
+        scheduled = output.scheduled
+        rows = packed_rows(scheduled)
+        hidden_TD: Tensor = self.language_model(
+            inputs_embeds=self._pad(self._embed(scheduled, rows))[None],
+            position_ids=self._pad(self._positions(scheduled)).T[:, None],
+            use_cache=False,
+            attention_metadata=self._attention_metadata(scheduled, rows),
+        ).last_hidden_state[0]
+        last_rows = [span.stop - 1 for item, span in zip(scheduled, rows, strict=True) if item.yields_token]
+        if not last_rows:  # nothing but the beginnings of prompts: spare the largest product
+            return torch.empty(0, self.lm_head.out_features)
+        logits_BV: Tensor = self.lm_head(self._pad(hidden_TD[last_rows]))[: len(last_rows)]
+        return logits_BV.float()
+
+    def _embed(self, scheduled: list[ScheduledRequest], rows: list[slice]) -> Tensor:
+        """Embeddings `[T, D]` of the scheduled tokens; image placeholders become the feature rows they stand for."""
+        token_ids = [
+            token
+            for item in scheduled
+            for token in item.request.token_ids(item.request.num_computed_tokens, item.num_context_tokens)
+        ]
+        embeds_TD: Tensor = self.language_model.embed_tokens(torch.tensor(token_ids, device=self.device))
+        for item, span in zip(scheduled, rows, strict=True):
+            _inject_features(embeds_TD[span], item)
+        return embeds_TD
+
+    def _positions(self, scheduled: list[ScheduledRequest]) -> Tensor:
+        """M-RoPE positions `[T, 3]`."""
+        positions = [
+            positions_of(item.request, item.request.num_computed_tokens, item.num_context_tokens) for item in scheduled
+        ]
+        return torch.cat(positions, dim=1).T.to(self.device)
+
+    def _attention_metadata(self, scheduled: list[ScheduledRequest], rows: list[slice]) -> AttentionMetadata:
+        sequences, slots = [], []
+        for item, span in zip(scheduled, rows, strict=True):
+            start, end, table = item.request.num_computed_tokens, item.num_context_tokens, item.request.block_table
+            blocks = torch.tensor(table[: -(-end // self.block_size)], device=self.device)
+            mask = causal_mask(item.num_scheduled_tokens, end, self.device)
+            sequences.append(PackedSequence(span, blocks, end, mask))
+            slots += [table[i // self.block_size] * self.block_size + i % self.block_size for i in range(start, end)]
+        return AttentionMetadata(self.kv_cache, torch.tensor(slots, device=self.device), sequences)
+
+    def _pad(self, rows: Tensor) -> Tensor:
+        """At least `min_rows` rows, by zeros at the end."""
+        num_missing = max(0, self.min_rows - len(rows))
+        return torch.cat([rows, rows.new_zeros(num_missing, rows.shape[1])]) if num_missing else rows
+
+
+def kv_cache_shape(text_config: Any, config: EngineConfig) -> tuple[int, ...]:
+    """`[layers, 2, blocks, block_size, kv_heads, head_dim]`."""
+    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    layers, kv_heads = text_config.num_hidden_layers, text_config.num_key_value_heads
+    return layers, 2, config.num_kv_blocks, config.block_size, kv_heads, head_dim
+
+
+def packed_rows(scheduled: list[ScheduledRequest]) -> list[slice]:
+    """Where each request's rows lie in the packed batch."""
+    ends = list(accumulate(item.num_scheduled_tokens for item in scheduled))
+    return [slice(start, end) for start, end in pairwise([0, *ends])]
+
+
+def positions_of(request: Request, start: int, end: int) -> Tensor:
+    """Positions `[3, end - start]` of tokens `start` to `end`: the prompt's own, then one more on all axes each."""
+    num_prompt_tokens = request.num_prompt_tokens
+    answer = torch.arange(max(start, num_prompt_tokens), max(end, num_prompt_tokens))
+    answer += request.next_position - num_prompt_tokens
+    return torch.cat([request.positions[:, start:end], answer.expand(3, -1)], dim=1)
+
+
+def _inject_features(embeds_ND: Tensor, item: ScheduledRequest) -> None:
+    """Overwrites the placeholders among the rows of one request's chunk."""
+    chunk_start, chunk_end = item.request.num_computed_tokens, item.num_context_tokens
+    for feature in item.request.mm_features:
+        offset = feature.position.offset
+        start, end = max(chunk_start, offset), min(chunk_end, offset + feature.position.length)
+        if start < end:
+            rows = feature.embedding.features[start - offset : end - offset]
+            embeds_ND[start - chunk_start : end - chunk_start] = rows.to(embeds_ND)
+
+
+def _check_supported(text_config: Any) -> None:
+    """Raises ValueError for what this attention and these positions would silently compute wrong."""
+    if "sliding_attention" in getattr(text_config, "layer_types", ()):
+        raise ValueError("text models with sliding window attention are not supported")
+    rope_type = text_config.rope_parameters["rope_type"]
+    if rope_type in ("dynamic", "longrope"):  # their frequencies follow the longest sequence in the batch
+        raise ValueError(f"rope type {rope_type!r} is not supported: an answer would depend on its company")

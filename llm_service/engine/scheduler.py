@@ -1,0 +1,199 @@
+"""Who computes how many tokens in this step: continuous batching of prefill and decode in one forward."""
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llm_service.config import EngineConfig
+from llm_service.engine.kv_cache import KVCacheManager
+from llm_service.engine.request import FinishReason, Request, RequestOutput, RequestStatus
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRequest:
+    """The next `num_scheduled_tokens` of a request are computed in this step."""
+
+    request: Request
+    num_scheduled_tokens: int
+
+    @property
+    def num_context_tokens(self) -> int:
+        """Tokens whose keys and values exist after the step."""
+        return self.request.num_computed_tokens + self.num_scheduled_tokens
+
+    @property
+    def yields_token(self) -> bool:
+        """The step computes the last known token, so that its logits say the next one."""
+        return self.num_context_tokens == self.request.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerOutput:
+    scheduled: list[ScheduledRequest]
+
+    @property
+    def yielding_requests(self) -> list[Request]:
+        return [item.request for item in self.scheduled if item.yields_token]
+
+
+class Scheduler:
+    """First come, first served; the only one to touch the queues.
+
+    `running` is in order of arrival. A request gets the blocks of all its known tokens when it is admitted, so only
+    growing answers run out of them; then the newest request is preempted: it loses its blocks and is computed anew.
+
+    `exact` keeps the bits of every row independent of company and interruption. A prompt is cut at multiples of
+    `prefill_chunk_size`, each chunk whole or not at all; only whole prompt chunks are shared as prefixes; and tokens
+    that were generated before a preemption are computed again one at a time, as decode wrote them.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        kv_cache_manager: KVCacheManager,
+        *,
+        max_num_tokens: int,
+        eos_token_ids: frozenset[int],
+        exact: bool,
+    ) -> None:
+        self.config = config
+        self.kv_cache_manager = kv_cache_manager
+        self.max_num_tokens = max_num_tokens  # of one request, prompt and answer
+        self.eos_token_ids = eos_token_ids
+        self.exact = exact
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.num_preemptions = 0
+
+    def add(self, request: Request) -> None:
+        self.waiting.append(request)
+
+    def abort(self, request: Request) -> None:
+        if request.status is RequestStatus.RUNNING:
+            self.running.remove(request)
+        else:
+            self.waiting.remove(request)
+        self._finish(request, FinishReason.ABORT)
+
+    def schedule(self) -> SchedulerOutput:
+        """Gives running requests their tokens and blocks, then admits waiting ones while both last."""
+        num_preemptions = self.num_preemptions
+        running, budget = self._schedule_running(self.config.max_num_batched_tokens)
+        if self.num_preemptions > num_preemptions:  # the blocks are not even enough for those that run
+            return SchedulerOutput(running)
+        return SchedulerOutput(running + self._schedule_waiting(budget))
+
+    def update(self, output: SchedulerOutput, token_ids: Sequence[int | None]) -> list[RequestOutput]:
+        """Books a computed step; `token_ids` belong to its yielding requests, None where no token could be chosen."""
+        yielding = output.yielding_requests
+        for item in output.scheduled:
+            self._advance(item.request, item.num_context_tokens)
+        return [self._append(request, token_id) for request, token_id in zip(yielding, token_ids, strict=True)]
+
+    def _schedule_running(self, budget: int) -> tuple[list[ScheduledRequest], int]:
+        """What the running requests compute, and how much of the budget is left."""
+        scheduled: list[ScheduledRequest] = []
+        for request in list(self.running):
+            if request.status is not RequestStatus.RUNNING:  # preempted for an older one just now
+                break
+            num_tokens = self._num_next_tokens(request, budget)
+            if num_tokens and self._make_room(request, request.num_computed_tokens + num_tokens):
+                budget -= num_tokens
+                scheduled.append(ScheduledRequest(request, num_tokens))
+        return scheduled, budget
+
+    def _make_room(self, request: Request, num_tokens: int) -> bool:
+        """Preempts from the tail until `request` has its blocks; False when that was the request itself."""
+        while not self.kv_cache_manager.allocate(request, num_tokens):
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is request:
+                return False
+        return True
+
+    def _schedule_waiting(self, budget: int) -> list[ScheduledRequest]:
+        scheduled: list[ScheduledRequest] = []
+        while self.waiting and len(self.running) < self.config.max_num_seqs:
+            request = self.waiting[0]
+            num_tokens = self._try_admit(request, budget)
+            if not num_tokens:
+                break  # nobody overtakes
+            budget -= num_tokens
+            self.running.append(self.waiting.popleft())
+            scheduled.append(ScheduledRequest(request, num_tokens))
+        return scheduled
+
+    def _try_admit(self, request: Request, budget: int) -> int:
+        """The tokens of its first step, or 0 with nothing changed when budget or blocks do not allow one."""
+        if not budget:
+            return 0
+        # The last token is always computed, so that there are logits to choose the next one from.
+        prefix = 0
+        if self.config.enable_prefix_caching:
+            prefix = self.kv_cache_manager.share_prefix(request, self._num_reusable_tokens(request) - 1)
+        request.num_computed_tokens = prefix
+        num_tokens = self._num_next_tokens(request, budget)
+        if not num_tokens or not self.kv_cache_manager.allocate(request, request.num_tokens):
+            self._release(request)
+            return 0
+        if request.status is RequestStatus.WAITING:
+            request.num_cached_tokens = prefix
+        request.status = RequestStatus.RUNNING
+        return num_tokens
+
+    def _num_next_tokens(self, request: Request, budget: int) -> int:
+        computed = request.num_computed_tokens
+        if not self.exact:
+            return min(request.num_tokens - computed, budget)
+        if computed >= request.num_prompt_tokens:
+            return min(1, budget)
+        num_tokens = min(request.num_prompt_tokens - computed, self.config.prefill_chunk_size)
+        return num_tokens if num_tokens <= budget else 0
+
+    def _num_reusable_tokens(self, request: Request) -> int:
+        return request.num_prompt_tokens if self.exact else request.num_tokens
+
+    def _advance(self, request: Request, num_computed_tokens: int) -> None:
+        start, request.num_computed_tokens = request.num_computed_tokens, num_computed_tokens
+        if self.config.enable_prefix_caching:
+            limit = self._num_reusable_tokens(request)
+            self.kv_cache_manager.keep_prefix(request, min(start, limit), min(num_computed_tokens, limit))
+
+    def _append(self, request: Request, token_id: int | None) -> RequestOutput:
+        token_ids = [] if token_id is None else [token_id]
+        request.output_token_ids += token_ids
+        reason = self._finish_reason(request) if token_ids else FinishReason.ERROR
+        if reason is not None:
+            self.running.remove(request)
+            self._finish(request, reason)
+        return RequestOutput(
+            request.request_id, token_ids, finish_reason=reason, num_cached_tokens=request.num_cached_tokens
+        )
+
+    def _finish_reason(self, request: Request) -> FinishReason | None:
+        params = request.sampling_params
+        if request.output_token_ids[-1] in params.end_token_ids(self.eos_token_ids):
+            return FinishReason.STOP
+        if len(request.output_token_ids) == params.max_tokens or request.num_tokens == self.max_num_tokens:
+            return FinishReason.LENGTH
+        return None
+
+    def _preempt(self, request: Request) -> None:
+        logger.info("request %s is preempted after %d tokens", request.request_id, request.num_computed_tokens)
+        assert self.running.pop() is request
+        self._release(request)
+        request.status = RequestStatus.PREEMPTED
+        self.waiting.appendleft(request)
+        self.num_preemptions += 1
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        self._release(request)
+        request.status = RequestStatus.FINISHED
+        request.finish_reason = reason
+
+    def _release(self, request: Request) -> None:
+        self.kv_cache_manager.free(request)
+        request.num_computed_tokens = 0

@@ -1,0 +1,257 @@
+"""One request from messages to a stream of text: prompt, features, engine, detokenizer. No Ray, no FastAPI."""
+
+import dataclasses
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast, get_args
+
+import torch
+import transformers
+from transformers import GenerationConfig
+
+from common import metrics
+from common.cache import EmbeddingCache
+from common.checkpoint import checkpoint_directory, load_half, load_preprocessor_config
+from common.config import ModelConfig
+from common.errors import InvalidRequestError, ModelNotFoundError, UnavailableError
+from common.families import ImageGeometry, MropeRule
+from common.identity import system_fingerprint
+from common.media import MediaItem, MediaParams, image_header
+from llm_service.chat import ChatMessage, ImagePart, images_of
+from llm_service.config import EngineConfig
+from llm_service.detokenizer import IncrementalDetokenizer
+from llm_service.engine.async_engine import AsyncLLMEngine
+from llm_service.engine.engine import LLMEngine
+from llm_service.engine.request import FinishReason, MultiModalFeature, Request, RequestOutput, SamplingParams
+from llm_service.features import EncoderClient, FeatureSource, ImageFeatures, ImageRequest
+from llm_service.prompt import EngineInput, PromptProcessor
+
+_LOW_DETAIL_SHARE = 4  # `detail: low` gives an image this fraction of the pixel budget
+
+
+class Engine(Protocol):
+    """The decoder engine, as the server sees it."""
+
+    def generate(self, request: Request) -> AsyncIterator[RequestOutput]: ...
+
+    def check_health(self) -> None: ...
+
+    def start(self) -> None: ...
+
+    def shutdown(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationOptions:
+    """What a caller may set; None means the checkpoint's generation config, then OpenAI's default."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class ImageReceipt:
+    """What one image of a request cost: its digest, tokens, where its embedding came from, and the wait."""
+
+    id: str
+    tokens: int
+    source: str
+    milliseconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRequest:
+    """A request that has passed every check and has its embeddings; only generation is left."""
+
+    request: Request
+    stop: tuple[str, ...]
+    receipts: list[ImageReceipt]
+    fingerprint: str
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return self.request.num_prompt_tokens
+
+    @property
+    def num_image_tokens(self) -> int:
+        return sum(receipt.tokens for receipt in self.receipts)
+
+
+class LLMServer:
+    """Owns the language half, its engine, and the front end that feeds it."""
+
+    def __init__(
+        self, model: ModelConfig, engine_config: EngineConfig, cache: EmbeddingCache, encoder: EncoderClient
+    ) -> None:
+        torch.set_num_threads(model.num_threads)
+        directory = checkpoint_directory(model)
+        half = load_half(model, "language")
+        preprocessor_config = load_preprocessor_config(directory)
+        geometry = ImageGeometry.of(half.config, preprocessor_config)
+        mrope_rule = position_rule(model, half.config)
+        self.model_name = model.served_name or model.path
+        self.created = int(time.time())
+        engine = LLMEngine(
+            half,
+            engine_config,
+            numerics=model.numerics,
+            eos_token_ids=end_tokens(directory, half.config),
+            mrope_rule=mrope_rule,
+        )
+        self.max_model_len = engine.max_model_len
+        self.limits = model.limits
+        self._params = MediaParams(
+            min_pixels=model.min_pixels or geometry.min_pixels, max_pixels=model.max_pixels or geometry.max_pixels
+        )
+        self._geometry = geometry
+        self._mrope_rule = mrope_rule
+        self._language_weights = half.digest
+        self._prompt = PromptProcessor(directory, half.config, geometry, mrope_rule, self.max_model_len)
+        self._features = FeatureSource(encoder, cache, geometry)
+        self._defaults = generation_defaults(directory)
+        self.engine: Engine = AsyncLLMEngine(engine)
+        self.engine.start()
+
+    async def prepare(
+        self, messages: Sequence[ChatMessage], options: GenerationOptions, request_id: str
+    ) -> PreparedRequest:
+        """Everything before generation. All limits are checked before any image is sent to be encoded."""
+        images = [self._image_request(part) for part in images_of(messages)]
+        prompt = self._prompt(messages, [image.grid_thw for image in images])
+        sampling_params = self._sampling_params(options, len(prompt.token_ids))
+        features = await self._features.get_many(images)
+        return PreparedRequest(
+            request=_engine_request(request_id, prompt, features, sampling_params),
+            stop=options.stop,
+            receipts=[_receipt(image, found) for image, found in zip(images, features, strict=True)],
+            fingerprint=await self.fingerprint(),
+        )
+
+    async def generate(self, prepared: PreparedRequest) -> AsyncGenerator[RequestOutput, None]:
+        """Outputs with text, the last one with a finish reason. Leaving the iterator aborts the request."""
+        detokenizer = IncrementalDetokenizer(self._prompt.tokenizer, prepared.stop)
+        started = time.perf_counter()
+        first = True
+        async for output in self.engine.generate(prepared.request):
+            if output.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
+                raise UnavailableError(f"the request ended early: {output.finish_reason}", code="request_aborted")
+            if first and output.token_ids:
+                metrics.time_to_first_token_seconds.observe(time.perf_counter() - started)
+                first = False
+            metrics.generated_tokens.inc(len(output.token_ids))
+            text = detokenizer.add(output.token_ids)
+            if detokenizer.stopped:
+                yield dataclasses.replace(output, text=text, finish_reason=FinishReason.STOP)
+                return
+            if output.finish_reason is not None:
+                text += detokenizer.flush()
+            yield dataclasses.replace(output, text=text)
+
+    async def fingerprint(self) -> str:
+        """Names everything an answer depends on besides the request."""
+        return system_fingerprint(
+            vision=await self._features.namespace(),
+            language_weights=self._language_weights,
+            mrope_rule=self._mrope_rule,
+            versions=library_versions(),
+        )
+
+    def check_model(self, name: str) -> None:
+        if name != self.model_name:
+            raise ModelNotFoundError(
+                f"Could not find the model {name!r}; this service serves {self.model_name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def _image_request(self, part: ImagePart) -> ImageRequest:
+        params = self._params
+        if part.detail == "low":
+            smaller = max(params.min_pixels, params.max_pixels // _LOW_DETAIL_SHARE)
+            params = dataclasses.replace(params, max_pixels=smaller)
+        try:
+            header = image_header(part.data, self.limits)
+            grid = params.grid(self._geometry, header.height, header.width)
+        except InvalidRequestError as exc:
+            raise type(exc)(exc.message, param=part.field, code=exc.code) from exc
+        return ImageRequest(MediaItem.of(part.data, params), grid, part.field)
+
+    def _sampling_params(self, options: GenerationOptions, num_prompt_tokens: int) -> SamplingParams:
+        room = self.max_model_len - num_prompt_tokens
+        if options.max_tokens is not None and options.max_tokens > room:
+            raise InvalidRequestError(
+                f"max_tokens is {options.max_tokens}, but after a prompt of {num_prompt_tokens} tokens {room} fit into "
+                f"{self.max_model_len} (engine.max_model_len)",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+        asked = {
+            name: value for name, value in dataclasses.asdict(options).items() if name != "stop" and value is not None
+        }
+        return SamplingParams(**{**self._defaults, "max_tokens": room, **asked})
+
+
+def position_rule(model: ModelConfig, config: Any) -> MropeRule:
+    """The configured rule, else the one the checkpoint names, else that of the published weights."""
+    rule = getattr(config, "mrope_rule", "qwen") if model.mrope_rule == "auto" else model.mrope_rule
+    if rule not in get_args(MropeRule):
+        raise ValueError(f"mrope_rule must be one of {list(get_args(MropeRule))}, not {rule!r}")
+    return cast(MropeRule, rule)
+
+
+def library_versions() -> str:
+    return f"torch {torch.__version__}, transformers {transformers.__version__}"
+
+
+def generation_defaults(directory: Path) -> dict[str, Any]:
+    """Sampling fields from the checkpoint's generation config; without one, OpenAI's default of temperature 1."""
+    if not (directory / "generation_config.json").exists():
+        return {"temperature": 1.0}
+    config = GenerationConfig.from_pretrained(directory)
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    defaults = {name: getattr(config, name) for name in names if getattr(config, name, None) is not None}
+    if not config.do_sample:
+        defaults["temperature"] = 0.0
+    return {"temperature": 1.0, **defaults}
+
+
+def end_tokens(directory: Path, config: Any) -> frozenset[int]:
+    """The tokens that end an answer, from the generation config, else from the model's."""
+    has_file = (directory / "generation_config.json").exists()
+    source = GenerationConfig.from_pretrained(directory) if has_file else config.get_text_config()
+    ids = source.eos_token_id
+    return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])
+
+
+def _engine_request(
+    request_id: str, prompt: EngineInput, features: Sequence[ImageFeatures], sampling_params: SamplingParams
+) -> Request:
+    mm_features = [
+        MultiModalFeature(found.key, position, found.embedding)
+        for found, position in zip(features, prompt.placeholders, strict=True)
+    ]
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=prompt.token_ids,
+        positions=prompt.positions,
+        next_position=prompt.next_position,
+        sampling_params=sampling_params,
+        mm_features=mm_features,
+    )
+
+
+def _receipt(image: ImageRequest, found: ImageFeatures) -> ImageReceipt:
+    return ImageReceipt(image.item.mm_hash, found.embedding.num_tokens, found.source, found.milliseconds)

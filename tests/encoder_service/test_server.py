@@ -1,0 +1,146 @@
+"""The encoder service without Ray: real halves of a tiny model, a real cache tier."""
+
+import asyncio
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import PreTrainedModel
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from common.cache import TieredCache
+from common.config import ModelConfig
+from common.embedding import unpack
+from common.errors import InvalidRequestError, OverloadedError
+from common.media import MediaItem, MediaParams
+from encoder_service.batcher import Batcher
+from encoder_service.config import EncoderConfig
+from encoder_service.preprocess import PreprocessedImage
+from encoder_service.server import EncoderServer
+from tests.conftest import picture
+
+PARAMS = MediaParams(min_pixels=56 * 56, max_pixels=224 * 224)
+
+
+def encoder(checkpoint: Path, cache: TieredCache, **config: object) -> EncoderServer:
+    return EncoderServer(ModelConfig(path=str(checkpoint)), EncoderConfig(**config), cache)
+
+
+async def features_of(server: EncoderServer, data: bytes) -> torch.Tensor:
+    item = MediaItem.of(data, PARAMS)
+    key = (await server.describe()).key(item.mm_hash, str(item.params))
+    return unpack(await server.encode(item), key=key).features
+
+
+async def test_features_are_those_of_the_one_piece_model(
+    tiny_checkpoint: Path, one_piece: PreTrainedModel, memory_cache: TieredCache
+) -> None:
+    server = encoder(tiny_checkpoint, memory_cache)
+    processor = Qwen2VLImageProcessorPil(size={"shortest_edge": PARAMS.min_pixels, "longest_edge": PARAMS.max_pixels})
+    for seed, size in enumerate([(56, 56), (84, 140), (200, 90), (300, 300)]):
+        data = picture(*size, seed=seed)
+        inputs = processor([Image.open(io.BytesIO(data))], return_tensors="pt")
+        with torch.inference_mode():
+            expected = one_piece.get_image_features(
+                inputs.pixel_values, inputs.image_grid_thw, return_dict=True
+            ).pooler_output[0]
+        assert torch.equal(await features_of(server, data), expected)
+
+
+@pytest.mark.parametrize("numerics", ["exact", "fast"])
+async def test_image_in_company_equals_image_alone(
+    tiny_checkpoint: Path, memory_cache: TieredCache, numerics: str
+) -> None:
+    server = EncoderServer(ModelConfig(path=str(tiny_checkpoint), numerics=numerics), EncoderConfig(), memory_cache)
+    images = [picture(60 + 28 * seed, 112, seed=seed) for seed in range(6)]
+    alone = [await features_of(server, image + b"alone") for image in images]  # trailing bytes: other keys, same pixels
+    together = await asyncio.gather(*(features_of(server, image) for image in images))
+    for one, other in zip(alone, together, strict=True):
+        if numerics == "exact":
+            assert torch.equal(one, other)
+        else:
+            torch.testing.assert_close(one, other)
+    exact = encoder(tiny_checkpoint, memory_cache)
+    assert (str(await exact.describe()) == str(await server.describe())) == (numerics == "exact")
+
+
+async def test_identical_images_in_flight_are_encoded_once(tiny_checkpoint: Path, memory_cache: TieredCache) -> None:
+    server = encoder(tiny_checkpoint, memory_cache)
+    item = MediaItem.of(picture(), PARAMS)
+    replies = await asyncio.gather(*(server.encode(item) for _ in range(20)))
+    assert len(set(replies)) == 1
+    assert server.num_encoded == 1
+    assert await server.encode(item) == replies[0]
+    assert server.num_encoded == 1
+
+
+async def test_one_picture_at_two_budgets_is_two_embeddings(tiny_checkpoint: Path, memory_cache: TieredCache) -> None:
+    server = encoder(tiny_checkpoint, memory_cache)
+    data = picture(200, 200)
+    large = await server.encode(MediaItem.of(data, PARAMS))
+    small = await server.encode(MediaItem.of(data, MediaParams(min_pixels=56 * 56, max_pixels=112 * 112)))
+    assert len(small) < len(large)
+    assert server.num_encoded == 2
+
+
+async def test_bad_image_fails_alone(tiny_checkpoint: Path, memory_cache: TieredCache) -> None:
+    server = encoder(tiny_checkpoint, memory_cache)
+    good, bad = MediaItem.of(picture(), PARAMS), MediaItem.of(picture(300, 300)[:5000], PARAMS)
+    answers = await asyncio.gather(server.encode(good), server.encode(bad), return_exceptions=True)
+    assert isinstance(answers[0], bytes)
+    assert isinstance(answers[1], InvalidRequestError)
+
+
+async def test_bytes_that_do_not_match_their_hash_are_refused(tiny_checkpoint: Path, memory_cache: TieredCache) -> None:
+    server = encoder(tiny_checkpoint, memory_cache)
+    with pytest.raises(InvalidRequestError, match="mm_hash"):
+        await server.encode(MediaItem(picture(seed=1), MediaItem.of(picture(), PARAMS).mm_hash, PARAMS))
+
+
+async def test_full_queue_is_refused_at_the_door_and_callers_that_left_are_skipped() -> None:
+    encoded: list[int] = []
+    gate = asyncio.Event()
+
+    def encode(images: list[PreprocessedImage]) -> list[None]:
+        asyncio.run_coroutine_threadsafe(gate.wait(), loop).result()
+        encoded.extend(image.num_patches for image in images)
+        return [None] * len(images)
+
+    def image(num_patches: int) -> PreprocessedImage:
+        return PreprocessedImage(torch.zeros(num_patches, 3, 14, 14, dtype=torch.uint8), (1, 2, num_patches // 2))
+
+    loop = asyncio.get_running_loop()
+    batcher = Batcher(encode, EncoderConfig(max_batch_patches=10, max_queued_images=3))
+    first = asyncio.create_task(batcher.submit(image(4)))
+    await asyncio.sleep(0.01)  # the first batch is on the device
+    waiting = [asyncio.create_task(batcher.submit(image(size))) for size in (6, 8, 20)]
+    await asyncio.sleep(0.01)
+    with pytest.raises(OverloadedError, match="limit is 3"):
+        await batcher.submit(image(4))
+    waiting[1].cancel()
+    await asyncio.sleep(0)
+    gate.set()
+    await asyncio.gather(first, waiting[0], waiting[2])
+    assert encoded == [4, 6, 20]
+
+
+def test_loading_one_half_costs_one_half(tmp_path: Path) -> None:
+    """A generated checkpoint of 400 MiB: the peak grows by at most 1.15 times the half that is loaded."""
+    script = Path(__file__).parent / "load_half_memory.py"
+    for half in ("vision", "language"):
+        run = subprocess.run(
+            [sys.executable, str(script), str(tmp_path), half],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        )
+        half_mib, grown_mib, whole_mib = (float(word) for word in run.stdout.split())
+        print(f"{half}: {half_mib:.0f} MiB of {whole_mib:.0f} MiB, peak grew by {grown_mib:.0f} MiB")
+        assert whole_mib > 400
+        assert grown_mib <= 1.15 * half_mib
