@@ -15,7 +15,7 @@ setup: .venv/ready
 	touch $@
 
 demo: setup ## start everything on the embedded model, ask about drawn pictures, keep serving (EXIT=1: stop)
-	$(BIN)/python -m deploy.demo $(if $(EXIT),--exit)
+	$(BIN)/fovea demo $(if $(EXIT),--exit)
 
 test: setup ## all tests, with a real Redis and a real Ray Serve
 	$(BIN)/python -m pytest -m "not soak"

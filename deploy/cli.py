@@ -75,14 +75,23 @@ def up(
         redis_url=redis_url,
         port=port,
     )
-    with service.running_service(deployed, report) as url:
-        report(f"ready at {url}/v1 - end with Ctrl-C or `fovea down`")
-        try:
-            while service.is_healthy(url):
-                time.sleep(2)
-            report("the application is gone")
-        except KeyboardInterrupt:
-            report("stopping")
+    with service.running_service(deployed, report) as running:
+        if running.dashboard != _DASHBOARD:
+            report(f"manage it with --dashboard {running.dashboard}")
+        report(f"ready at {running.url}/v1 - end with Ctrl-C or `fovea down`")
+        service.wait_until_stopped(running.url)
+        report("stopping")
+
+
+@app.command()
+def demo(
+    port: Annotated[int | None, typer.Option(min=1, max=65535)] = None,
+    stop: Annotated[bool, typer.Option("--exit", help="Stop after the questions.")] = False,
+) -> None:
+    """Draw pictures, start the service on the embedded model, and ask about them."""
+    from deploy import demo as demonstration
+
+    raise typer.Exit(0 if demonstration.run(port=port, stop=stop, report=progress()) else 1)
 
 
 @app.command()

@@ -91,9 +91,17 @@ def ray_cluster(report: Report) -> Iterator[str]:
         ray.shutdown()
 
 
+@dataclass(frozen=True, slots=True)
+class RunningService:
+    """Where the application answers, and the dashboard through which it is managed."""
+
+    url: str
+    dashboard: str
+
+
 @contextlib.contextmanager
-def running_service(config: dict[str, Any], report: Report) -> Iterator[str]:
-    """Deploys the application, waits until it answers, yields its URL, and removes it again."""
+def running_service(config: dict[str, Any], report: Report) -> Iterator[RunningService]:
+    """Deploys the application, waits until it answers, and removes it again."""
     url = url_of(config)
     check_port(url)
     with ray_cluster(report) as dashboard:
@@ -104,7 +112,7 @@ def running_service(config: dict[str, Any], report: Report) -> Iterator[str]:
         client.deploy_applications(config)
         try:
             wait_until_ready(client, url, report)
-            yield url
+            yield RunningService(url, dashboard)
         finally:
             with contextlib.suppress(RuntimeError):  # the cluster may be gone already
                 remove(client)
@@ -176,6 +184,13 @@ def wait_until_scaled(client: ServeSubmissionClient, name: str, report: Report) 
     raise ServiceError(f"{name} did not reach its replica count within {START_TIMEOUT_S:.0f} s")
 
 
+def wait_until_stopped(url: str) -> None:
+    """Returns after Ctrl-C, or when the application is gone."""
+    with contextlib.suppress(KeyboardInterrupt):
+        while is_healthy(url):
+            time.sleep(2)
+
+
 def is_healthy(url: str) -> bool:
     try:
         return httpx2.get(f"{url}/health", timeout=10).status_code == 200
@@ -221,7 +236,9 @@ def scale(client: ServeSubmissionClient, deployment: str, replicas: int) -> None
 
 
 def remove(client: ServeSubmissionClient) -> None:
-    """Ends the application; other applications of the cluster stay."""
+    """Ends the application, if it is there; other applications of the cluster stay."""
+    if APPLICATION not in client.get_serve_details()["applications"]:
+        return
     config = _deployed(client)
     config["applications"] = [found for found in config["applications"] if found["name"] != APPLICATION]
     if config["applications"]:

@@ -145,6 +145,7 @@ def compare(client: Client, cases: Sequence[Case], mode: str, max_tokens: int, r
             ask(case)
     started = time.perf_counter()
     if mode == "batched":
+        cases = [*cases, *cases]  # so that the default cases fill the pool
         with ThreadPoolExecutor(NUM_CONCURRENT) as pool:
             answers = list(pool.map(ask, cases))
     else:
@@ -288,4 +289,4 @@ def _service(url: str | None, model: ModelConfig, report: Report) -> Iterator[st
         return
     config: dict[str, Any] = service.application_config(model=model.path, port=service.free_port())
     with service.running_service(config, report) as running:
-        yield running
+        yield running.url

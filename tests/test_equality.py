@@ -34,7 +34,7 @@ class Services:
     """The two halves without Ray: the LLM service has nothing of the encoder but two methods."""
 
     def __init__(self, checkpoint: Path, **engine: int) -> None:
-        model = ModelConfig(path=str(checkpoint))
+        model = ModelConfig(path=str(checkpoint), served_name="tiny")
         self.encoder = EncoderServer(model, EncoderConfig(), TieredCache(LocalTier(2**26), None))
         self.cache = TieredCache(LocalTier(2**26), None)
         self.llm = LLMServer(model, EngineConfig(**engine), self.cache, self.encoder)

@@ -125,8 +125,8 @@ def encode_equal(
     training, and computes the same.
     """
     functions = functions or PLAIN_FUNCTIONS
-    num_units, num_patches, patch_dim = patches.shape
-    hidden = visual.patch_embed(patches.reshape(-1, patch_dim)).view(num_units, num_patches, -1)
+    num_units, num_patches, _ = patches.shape
+    hidden = F.linear(patches, visual.patch_embed.proj.weight.flatten(1))  # what its convolution amounts to
     cos, sin = rotary_tables(rows, columns, hidden.shape[-1] // visual.config.num_heads, hidden.device)
     for block in visual.blocks:
         query, key, value = functions.encode_heads(block, hidden, cos, sin)

@@ -180,11 +180,10 @@ def train(arguments: argparse.Namespace) -> None:
     batches = iter(loader)
     validation = validation_batches(progress.seed, arguments.rows)
     model.to(device).train()
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), fused=True
-    )
+    optimizer = torch.optim.AdamW(parameter_groups(model), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), fused=True)
     if state is not None:
         optimizer.load_state_dict(state["optimizer"])
+    torch.backends.cuda.enable_cudnn_sdp(False)  # gave NaN with masks (torch 2.11)
     kernels = PLAIN
     if arguments.compile:
         torch._dynamo.config.recompile_limit = 64  # with and without gradients, one picture and many, ...

@@ -95,6 +95,8 @@ def _status_router(server: LLMServer) -> APIRouter:
             "status": "ok",
             "model": server.model_name,
             "system_fingerprint": await server.fingerprint(),
+            "running": server.engine.num_running,
+            "waiting": server.engine.num_waiting,
         }
 
     return router

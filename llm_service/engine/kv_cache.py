@@ -64,6 +64,11 @@ class KVCacheManager:
                 self._blocks_by_hash[block_hash] = block
                 self._hashes[block] = block_hash
 
+    def forget(self, request: Request) -> None:
+        """Lets nobody find what a request holds, because it is not to be trusted; the request still owns it."""
+        for block in request.block_table:
+            self._drop_hash(block)
+
     def free(self, request: Request) -> None:
         """Takes back all blocks of a request."""
         # From the end, so that the beginning, which more prompts share, is given away last.
@@ -95,12 +100,15 @@ class KVCacheManager:
             block = self._free.pop()
         else:
             block, _ = self._cached.popitem(last=False)
-            block_hash = self._hashes[block]
-            assert block_hash is not None
-            del self._blocks_by_hash[block_hash]
-            self._hashes[block] = None
+            self._drop_hash(block)
         self._ref_counts[block] = 1
         return block
+
+    def _drop_hash(self, block: int) -> None:
+        block_hash = self._hashes[block]
+        if block_hash is not None:
+            del self._blocks_by_hash[block_hash]
+            self._hashes[block] = None
 
     def _block_hashes(self, request: Request, first: int, last: int) -> list[str]:
         """Hashes of blocks `first` to `last`. A request's tokens only grow, so what is known stays valid."""

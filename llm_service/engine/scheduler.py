@@ -108,9 +108,7 @@ class Scheduler:
     def _make_room(self, request: Request, num_tokens: int) -> bool:
         """Preempts from the tail until `request` has its blocks; False when that was the request itself."""
         while not self.kv_cache_manager.allocate(request, num_tokens):
-            victim = self.running[-1]
-            self._preempt(victim)
-            if victim is request:
+            if self._preempt_newest() is request:
                 return False
         return True
 
@@ -163,9 +161,12 @@ class Scheduler:
             self.kv_cache_manager.keep_prefix(request, min(start, limit), min(num_computed_tokens, limit))
 
     def _append(self, request: Request, token_id: int | None) -> RequestOutput:
-        token_ids = [] if token_id is None else [token_id]
-        request.output_token_ids += token_ids
-        reason = self._finish_reason(request) if token_ids else FinishReason.ERROR
+        if token_id is None:
+            self.kv_cache_manager.forget(request)
+            token_ids, reason = [], FinishReason.ERROR
+        else:
+            request.output_token_ids.append(token_id)
+            token_ids, reason = [token_id], self._finish_reason(request)
         if reason is not None:
             self.running.remove(request)
             self._finish(request, reason)
@@ -181,13 +182,14 @@ class Scheduler:
             return FinishReason.LENGTH
         return None
 
-    def _preempt(self, request: Request) -> None:
+    def _preempt_newest(self) -> Request:
+        request = self.running.pop()
         logger.info("request %s is preempted after %d tokens", request.request_id, request.num_computed_tokens)
-        assert self.running.pop() is request
         self._release(request)
         request.status = RequestStatus.PREEMPTED
         self.waiting.appendleft(request)
         self.num_preemptions += 1
+        return request
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         self._release(request)

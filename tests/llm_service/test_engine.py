@@ -359,6 +359,17 @@ def test_features_that_are_not_numbers_end_their_own_request_only(model: Any) ->
     assert good.check_tokens([token for output in outputs if output.request_id == "good" for token in output.token_ids])
 
 
+def test_an_image_is_served_again_after_its_features_were_not_numbers(model: Any) -> None:
+    picture = model.picture(1)
+    prompt = model.refer(model.prompt(1, picture, *range(20)))
+    damaged = replace(picture, features=picture.features * math.nan)
+    engine = model.engine()
+    assert finish(engine, model.prompt(1, damaged, *range(20)).request()) == ([], FinishReason.ERROR)
+    tokens, reason = finish(engine, prompt.request())
+    assert prompt.check_tokens(tokens)
+    assert reason is FinishReason.LENGTH
+
+
 def test_models_that_would_be_computed_wrong_are_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     text_config = model.loaded.model.model.language_model.config
     monkeypatch.setattr(text_config, "layer_types", ["full_attention", "sliding_attention"])
