@@ -75,10 +75,11 @@ class _Lane:
             socket_timeout=socket_timeout_s,
             socket_read_size=_SOCKET_READ_BYTES,
             retry=Retry(NoBackoff(), 0),
-            protocol=2,  # no HELLO and no CLIENT commands at connect, which a restricted user may not send
+            # Nothing but AUTH and SELECT is sent on connecting, so a user who may not send CLIENT will do.
+            protocol=2,
             driver_info=None,
         )
-        # hiredis parses faster but packs four times slower: it copies a value twice.
+        # hiredis parses faster, but with its packer a SET of 4 MiB takes 8 ms, with this one 2 ms.
         pool = self.client.connection_pool
         pool.connection_kwargs["command_packer"] = PythonRespSerializer(
             _MAX_COPIED_BYTES, self.client.get_encoder().encode

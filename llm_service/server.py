@@ -1,8 +1,9 @@
 """One request from messages to a stream of text: prompt, features, engine, detokenizer. No Ray, no FastAPI."""
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast, get_args
@@ -34,7 +35,7 @@ _LOW_DETAIL_SHARE = 4  # `detail: low` gives an image this fraction of the pixel
 class Engine(Protocol):
     """The decoder engine, as the server sees it."""
 
-    def generate(self, request: Request) -> AsyncIterator[RequestOutput]: ...
+    def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]: ...
 
     def check_health(self) -> None: ...
 
@@ -151,20 +152,21 @@ class LLMServer:
         detokenizer = IncrementalDetokenizer(self._prompt.tokenizer, prepared.stop)
         started = time.perf_counter()
         first = True
-        async for output in self.engine.generate(prepared.request):
-            if output.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
-                raise UnavailableError(f"the request ended early: {output.finish_reason}", code="request_aborted")
-            if first and output.token_ids:
-                metrics.time_to_first_token_seconds.observe(time.perf_counter() - started)
-                first = False
-            metrics.generated_tokens.inc(len(output.token_ids))
-            text = detokenizer.add(output.token_ids)
-            if detokenizer.stopped:
-                yield dataclasses.replace(output, text=text, finish_reason=FinishReason.STOP)
-                return
-            if output.finish_reason is not None:
-                text += detokenizer.flush()
-            yield dataclasses.replace(output, text=text)
+        async with contextlib.aclosing(self.engine.generate(prepared.request)) as outputs:
+            async for output in outputs:
+                if output.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
+                    raise UnavailableError(f"the request ended early: {output.finish_reason}", code="request_aborted")
+                if first and output.token_ids:
+                    metrics.time_to_first_token_seconds.observe(time.perf_counter() - started)
+                    first = False
+                metrics.generated_tokens.inc(len(output.token_ids))
+                text = detokenizer.add(output.token_ids)
+                if detokenizer.stopped:
+                    yield dataclasses.replace(output, text=text, finish_reason=FinishReason.STOP)
+                    return
+                if output.finish_reason is not None:
+                    text += detokenizer.flush()
+                yield dataclasses.replace(output, text=text)
 
     async def fingerprint(self) -> str:
         """Names everything an answer depends on besides the request."""

@@ -279,6 +279,13 @@ async def test_bad_input_is_refused_by_name_and_the_service_goes_on(
     assert again.status_code == 200
 
 
+async def test_one_request_id_used_twice_at_once_is_answered_twice(http: httpx2.AsyncClient) -> None:
+    posts = [http.post(URL, json=body("hi"), headers={"x-request-id": "mine"}) for _ in range(4)]
+    answers = await asyncio.gather(*posts)
+    assert {(answer.status_code, answer.headers["x-request-id"]) for answer in answers} == {(200, "mine")}
+    assert len({answer.json()["id"] for answer in answers}) == 4
+
+
 async def test_unknown_path_has_an_openai_error(http: httpx2.AsyncClient) -> None:
     answer = await http.get("/v1/nothing")
     assert answer.status_code == 404

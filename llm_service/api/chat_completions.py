@@ -1,5 +1,6 @@
 """POST /v1/chat/completions: OpenAI's chat completions, with images as data URLs."""
 
+import contextlib
 import re
 import time
 import uuid
@@ -126,8 +127,8 @@ def create_router(server: LLMServer) -> APIRouter:
     async def chat_completions(body: ChatCompletionRequest, http: Request) -> Response:
         ignored = body.check()
         server.check_model(body.model)
-        completion = ChatCompletion(server, body, http.headers.get("x-request-id"))
-        headers = {"x-request-id": completion.id}
+        completion = ChatCompletion(server, body)
+        headers = {"x-request-id": request_id_of(http) or completion.id}
         if ignored:
             metrics.ignored_fields.inc(len(ignored))
             headers[IGNORED_FIELDS_HEADER] = ", ".join(_UNSAFE.sub("?", name[:64]) for name in ignored[:32])
@@ -140,13 +141,17 @@ def create_router(server: LLMServer) -> APIRouter:
     return router
 
 
+def request_id_of(http: Request) -> str | None:
+    """The caller's own request id, if it is one that can be echoed."""
+    request_id = http.headers.get("x-request-id", "")
+    return request_id if _REQUEST_ID.fullmatch(request_id) else None
+
+
 class ChatCompletion:
     """One answer, whole or in chunks."""
 
-    def __init__(self, server: LLMServer, body: ChatCompletionRequest, request_id: str | None) -> None:
-        self.id = f"chatcmpl-{uuid.uuid4().hex}"
-        if request_id is not None and _REQUEST_ID.fullmatch(request_id):
-            self.id = request_id
+    def __init__(self, server: LLMServer, body: ChatCompletionRequest) -> None:
+        self.id = f"chatcmpl-{uuid.uuid4().hex}"  # never the caller's, who may use one twice
         self._server = server
         self._body = body
         self._common = {"id": self.id, "created": int(time.time()), "model": body.model}
@@ -157,11 +162,12 @@ class ChatCompletion:
         text: list[str] = []
         num_tokens = num_cached_tokens = 0
         finish_reason = None
-        async for output in self._server.generate(prepared):
-            text.append(output.text)
-            num_tokens += len(output.token_ids)
-            num_cached_tokens = output.num_cached_tokens
-            finish_reason = output.finish_reason
+        async with contextlib.aclosing(self._server.generate(prepared)) as outputs:
+            async for output in outputs:
+                text.append(output.text)
+                num_tokens += len(output.token_ids)
+                num_cached_tokens = output.num_cached_tokens
+                finish_reason = output.finish_reason
         message = {"role": "assistant", "content": "".join(text), "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _openai_reason(finish_reason)}
         return self._common | {
@@ -177,8 +183,7 @@ class ChatCompletion:
         include_usage = self._body.stream_options is not None and self._body.stream_options.include_usage
         num_tokens = num_cached_tokens = 0
         delta: dict[str, Any] = {"role": "assistant", "content": ""}
-        outputs = self._server.generate(prepared)
-        try:
+        async with contextlib.aclosing(self._server.generate(prepared)) as outputs:
             async for output in outputs:
                 num_tokens += len(output.token_ids)
                 num_cached_tokens = output.num_cached_tokens
@@ -187,8 +192,6 @@ class ChatCompletion:
                 if delta["content"] or "role" in delta or reason:
                     yield self._chunk(prepared, [{"index": 0, "delta": delta, "finish_reason": reason}], include_usage)
                 delta = {}
-        finally:
-            await outputs.aclose()
         if include_usage:
             last = self._chunk(prepared, [], include_usage)
             yield last | {"usage": usage(prepared, num_tokens, num_cached_tokens)}

@@ -163,20 +163,22 @@ class Scheduler:
     def _append(self, request: Request, token_id: int | None) -> RequestOutput:
         if token_id is None:
             self.kv_cache_manager.forget(request)
-            token_ids, reason = [], FinishReason.ERROR
         else:
             request.output_token_ids.append(token_id)
-            token_ids, reason = [token_id], self._finish_reason(request)
+        reason = FinishReason.ERROR if token_id is None else self._finish_reason(request, token_id)
         if reason is not None:
             self.running.remove(request)
             self._finish(request, reason)
         return RequestOutput(
-            request.request_id, token_ids, finish_reason=reason, num_cached_tokens=request.num_cached_tokens
+            request.request_id,
+            [] if token_id is None else [token_id],
+            finish_reason=reason,
+            num_cached_tokens=request.num_cached_tokens,
         )
 
-    def _finish_reason(self, request: Request) -> FinishReason | None:
+    def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
         params = request.sampling_params
-        if request.output_token_ids[-1] in params.end_token_ids(self.eos_token_ids):
+        if token_id in params.end_token_ids(self.eos_token_ids):
             return FinishReason.STOP
         if len(request.output_token_ids) == params.max_tokens or request.num_tokens == self.max_num_tokens:
             return FinishReason.LENGTH

