@@ -158,6 +158,7 @@ def _is_description(entry: object) -> bool:
         isinstance(entry, list)
         and len(entry) == 3
         and isinstance(entry[0], str)
+        and isinstance(entry[1], str)
         and entry[1] in _DTYPES
         and _are_sizes(entry[2])
         and len(entry[2]) == 2

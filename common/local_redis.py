@@ -97,9 +97,13 @@ class LocalRedis:
         return self._process.pid if self._process is not None and self._process.poll() is None else None
 
     def start(self) -> None:
-        """Returns when the server answers; raises RuntimeError with the end of its log when it does not."""
-        if self.pid is not None:
+        """Returns when the server answers; raises RuntimeError with the end of its log when it does not.
+
+        A server that answers already is left alone, one that has ended or hangs is replaced.
+        """
+        if self._process is not None and self._answers():
             return
+        self.stop()
         binary = _binary()
         self._make_directory()
         self._remove_stale_socket()

@@ -45,6 +45,7 @@ IMAGE_PAD, VIDEO_PAD, PADDING = TOKEN_IDS["<|image_pad|>"], TOKEN_IDS["<|video_p
 MAX_ROWS = 256
 MAX_VISION_TOKENS = 16384  # of a batch
 MAX_CLIP_SIDE = 448
+STEPS_PER_SHAPE = 600
 
 # `blocks`: pictures, then independent questions. `text_first`: the question, then the pictures. `dialogue`: one
 # conversation of several turns about one picture. `new_picture`: another picture comes in the second turn.
@@ -93,14 +94,14 @@ class PictureGroup:
 @dataclass(frozen=True, slots=True)
 class Batch:
     groups: list[PictureGroup]
-    token_ids: Tensor  # int64 [B, L]
-    position_ids: Tensor  # int64 [3, B, L]
-    block_ids: Tensor  # int64 [B, L]: 0 is seen by all that follows, n > 0 by block n, -1 is padding
-    vision_index: Tensor  # int64 [B * vision tokens of a row], places in the flattened token_ids
-    predicting_index: Tensor  # int64 [N], places whose next token is learned
-    labels: Tensor  # int64 [N]
+    token_ids: Tensor  # int16 [B, L]
+    position_ids: Tensor  # int16 [3, B, L]
+    block_ids: Tensor  # int8 [B, L]: 0 is seen by all that follows, n > 0 by block n, -1 is padding
+    vision_index: Tensor  # int32 [B * vision tokens of a row], places in the flattened token_ids
+    predicting_index: Tensor  # int32 [N], places whose next token is learned
+    labels: Tensor  # int16 [N]
     weights: Tensor  # float32 [N], sums to 1
-    question_of: Tensor  # int64 [N], index into `questions`
+    question_of: Tensor  # int16 [N], index into `questions`
     questions: list[tuple[Form, Question]]
 
     def pin_memory(self) -> Self:
@@ -108,7 +109,13 @@ class Batch:
         return with_tensors(self, Tensor.pin_memory)
 
     def to(self, device: torch.device) -> Self:
-        return with_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+        """On the device, integers as int64."""
+
+        def move(tensor: Tensor) -> Tensor:
+            tensor = tensor.to(device, non_blocking=True)
+            return tensor if tensor.is_floating_point() else tensor.long()
+
+        return with_tensors(self, move)
 
 
 DataclassT = TypeVar("DataclassT", PictureGroup, Batch)
@@ -140,7 +147,17 @@ class Batches(Dataset[Batch]):
             raise IndexError(index)
         rng = Random(f"{self.namespace}-{self.start + index}")
         form, layout = rng.choices(list(MIXTURE), list(MIXTURE.values()))[0]
-        return sample_batch(rng, form, layout, self.max_rows)
+        batch = sample_batch(rng, form, layout, self.max_rows, max_shapes(self.start + index))
+        return replace(batch, questions=[])  # training needs their tokens only, and the transfer to it is not free
+
+
+def max_shapes(number: int) -> int:
+    """How many shapes the pictures of batch `number` have at most: one at first, then more and more.
+
+    One shape alone teaches what the kinds and colours look like; with six from the start the answers hang on which
+    shape is meant, and nothing was learned about kinds in 8,000 steps.
+    """
+    return min(MAX_SHAPES, 1 + number // STEPS_PER_SHAPE)
 
 
 @lru_cache(maxsize=1)
@@ -156,7 +173,9 @@ def encode(text: str) -> tuple[int, ...]:
 # What is in a batch
 
 
-def sample_batch(rng: Random, form: Form, layout: Layout, max_rows: int = MAX_ROWS) -> Batch:
+def sample_batch(
+    rng: Random, form: Form, layout: Layout, max_rows: int = MAX_ROWS, most_shapes: int = MAX_SHAPES
+) -> Batch:
     """All rows show pictures of the same sizes, so that they can be drawn and encoded together."""
     sizes = sample_sizes(rng, form, layout)
     vision_tokens = sum(num_image_tokens(grid_of(height, width), MERGE_SIZE) for width, height in sizes)
@@ -164,7 +183,7 @@ def sample_batch(rng: Random, form: Form, layout: Layout, max_rows: int = MAX_RO
     system = sample_system(rng)
     shown, rows = [], []
     for _ in range(num_rows):
-        pictures = sample_pictures(rng, form, sizes)
+        pictures = sample_pictures(rng, form, sizes, most_shapes)
         questions = [
             sample_question(rng, form, pictures if layout != "new_picture" else pictures[min(turn, 1) :][:1])
             for turn in range(QUESTIONS_PER_ROW[layout])
@@ -185,11 +204,13 @@ def sample_sizes(rng: Random, form: Form, layout: Layout) -> list[Size]:
     return [sample_size(rng, MAX_CLIP_SIDE)] * rng.randint(4, 8)
 
 
-def sample_pictures(rng: Random, form: Form, sizes: Sequence[Size]) -> tuple[Scene, ...]:
+def sample_pictures(
+    rng: Random, form: Form, sizes: Sequence[Size], most_shapes: int = MAX_SHAPES
+) -> tuple[Scene, ...]:
     if form == "image":
-        return tuple(sample_scene(rng, *size) for size in sizes)
+        return tuple(sample_scene(rng, *size, max_shapes=most_shapes) for size in sizes)
     if form == "images":
-        return sample_images(rng, sizes)
+        return sample_images(rng, sizes, most_shapes)
     return sample_clip(rng, *sizes[0], len(sizes))
 
 
@@ -330,14 +351,14 @@ def collate(
     is_vision = (token_ids == IMAGE_PAD) | (token_ids == VIDEO_PAD)
     return Batch(
         groups=picture_groups(rng, form, sizes, shown),
-        token_ids=token_ids,
-        position_ids=position_ids,
-        block_ids=block_ids,
-        vision_index=is_vision.flatten().nonzero()[:, 0],
-        predicting_index=torch.tensor(predicting),
-        labels=torch.tensor(labels),
+        token_ids=token_ids.short(),
+        position_ids=position_ids.short(),
+        block_ids=block_ids.to(torch.int8),
+        vision_index=is_vision.flatten().nonzero()[:, 0].int(),
+        predicting_index=torch.tensor(predicting, dtype=torch.int32),
+        labels=torch.tensor(labels, dtype=torch.int16),
         weights=torch.tensor(weights) / sum(weights),
-        question_of=torch.tensor(question_of),
+        question_of=torch.tensor(question_of, dtype=torch.int16),
         questions=questions,
     )
 

@@ -34,8 +34,9 @@ VISION_ROPE_THETA = 10000.0  # the constant of Qwen2-VL's vision tower
 def model_config() -> Qwen2VLConfig:
     """7.6 M parameters.
 
-    The small rope_theta spreads the rotary frequencies over distances a picture of ten columns has: with the usual 1e4
-    the columns are 0.003 radians apart or less, and left and right are hard to tell.
+    The rotary frequencies are chosen for pictures of eight columns: from 0.08 radians a column, so that left and right
+    can be told, down to 0.001, so that what is asked for can be found wherever it is. (Qwen2-VL's own sections and
+    theta leave a column 0.003 radians.)
     """
     config = Qwen2VLConfig(
         text_config={
@@ -48,7 +49,7 @@ def model_config() -> Qwen2VLConfig:
             "max_position_embeddings": MODEL_MAX_LENGTH,
             "rms_norm_eps": 1e-6,
             "attention_dropout": 0.0,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 32.0, "mrope_section": [8, 12, 12]},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [4, 8, 20]},
             "bos_token_id": TOKEN_IDS["<|endoftext|>"],
             "eos_token_id": TOKEN_IDS["<|im_end|>"],
             "tie_word_embeddings": True,

@@ -243,12 +243,12 @@ def sample_variation(rng: Random, scene: Scene) -> Scene:
     return replace(scene, shapes=tuple(shapes))
 
 
-def sample_images(rng: Random, sizes: Sequence[Size]) -> tuple[Scene, ...]:
+def sample_images(rng: Random, sizes: Sequence[Size], max_shapes: int = MAX_SHAPES) -> tuple[Scene, ...]:
     """Pictures of these sizes: about half of the time unrelated, else (if the sizes are equal) the same scene, often
     with a variation of it in one place. Noise differs between all of them."""
     if len(set(sizes)) > 1 or rng.random() < 0.5:
-        return tuple(sample_scene(rng, *size) for size in sizes)
-    scene = sample_scene(rng, *sizes[0], max_shapes=5)
+        return tuple(sample_scene(rng, *size, max_shapes=max_shapes) for size in sizes)
+    scene = sample_scene(rng, *sizes[0], max_shapes=min(max_shapes, MAX_SHAPES - 1))
     pictures = [replace(scene, seed=rng.getrandbits(32)) for _ in sizes]
     if rng.random() < 0.5:
         index = rng.randrange(len(pictures))

@@ -71,12 +71,12 @@ class Progress:
     seconds: float = 0.0
 
 
-def learning_rate(progress: Progress) -> float:
+def learning_rate(progress: Progress, peak: float) -> float:
     """Linear warm-up, then a cosine; constant while the number of steps is not known yet."""
     warm_up = min(1.0, (progress.step + 1) / WARM_UP_STEPS)
     done = min(1.0, progress.step / progress.total_steps) if progress.total_steps else 0.0
     cosine = 0.5 * (1.0 + math.cos(math.pi * done))
-    return warm_up * (FINAL_LEARNING_RATE + (PEAK_LEARNING_RATE - FINAL_LEARNING_RATE) * cosine)
+    return warm_up * (FINAL_LEARNING_RATE + (peak - FINAL_LEARNING_RATE) * cosine)
 
 
 def pixels_of(group: PictureGroup, generator: torch.Generator, kernels: Kernels = PLAIN) -> Tensor:
@@ -204,7 +204,7 @@ def train(arguments: argparse.Namespace) -> None:
     left_out = torch.zeros((), device=device)
     while not progress.total_steps or progress.step < progress.total_steps:
         batch = next(batches).to(device)
-        rate = learning_rate(progress)
+        rate = learning_rate(progress, arguments.learning_rate)
         for group in optimizer.param_groups:
             group["lr"] = rate
         generator.manual_seed(progress.seed * 10**9 + progress.step)
@@ -269,6 +269,7 @@ def parse_arguments() -> argparse.Namespace:
     length.add_argument("--minutes", type=float, default=0.0, help="how long; the number of steps is measured")
     length.add_argument("--steps", type=int, default=0, help="how many steps")
     parser.add_argument("--stop-after-s", type=float, default=math.inf, help="save and stop; run again to continue")
+    parser.add_argument("--learning-rate", type=float, default=PEAK_LEARNING_RATE, help="the peak")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", type=int, default=MAX_ROWS, help="chats in a batch, at most")
     parser.add_argument("--workers", type=int, default=14, help="processes that sample batches")

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -54,7 +55,7 @@ def test_the_hash_of_an_image_is_whole_and_of_all_its_bytes() -> None:
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(EmbeddingNamespace)])
 def test_every_field_of_the_namespace_changes_the_key(field: str) -> None:
-    value: object = WIRE_VERSION + 1 if field == "wire_version" else "other"
+    value: Any = WIRE_VERSION + 1 if field == "wire_version" else "other"
     other = dataclasses.replace(NAMESPACE, **{field: value})
     assert other.key("h", "p") != NAMESPACE.key("h", "p")
 
@@ -71,7 +72,7 @@ def test_image_and_params_change_the_key() -> None:
 
 
 def test_the_fingerprint_of_the_system_changes_with_each_part() -> None:
-    parts = {"vision": NAMESPACE, "language_weights": "w", "mrope_rule": "qwen", "versions": "1"}
+    parts: dict[str, Any] = {"vision": NAMESPACE, "language_weights": "w", "mrope_rule": "qwen", "versions": "1"}
     others = [
         parts,
         parts | {"vision": dataclasses.replace(NAMESPACE, tenant="t")},
@@ -79,7 +80,7 @@ def test_the_fingerprint_of_the_system_changes_with_each_part() -> None:
         parts | {"mrope_rule": "hf5"},
         parts | {"versions": "2"},
     ]
-    assert len({system_fingerprint(**other) for other in others}) == 5  # type: ignore[arg-type]
+    assert len({system_fingerprint(**other) for other in others}) == 5
 
 
 def test_a_key_is_the_same_in_every_process() -> None:

@@ -133,14 +133,15 @@ def test_memory_is_bounded_and_the_oldest_give_way(server: LocalRedis, client: r
     assert int(status.partition("VmRSS:")[2].split()[0]) < 64 * 1024
 
 
-def test_the_socket_of_a_killed_server_does_not_stand_in_the_way(server: LocalRedis, directory: Path) -> None:
-    assert server.pid is not None
-    os.kill(server.pid, signal.SIGKILL)
-    while server.pid is not None:
-        time.sleep(0.01)
-    assert (directory / "redis.sock").exists()
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
+def test_starting_replaces_a_server_that_no_longer_answers(server: LocalRedis, end: signal.Signals) -> None:
+    url, pid = server.url, server.pid
+    assert pid is not None
+    os.kill(pid, end)
     server.start()
-    assert server.pid is not None
+    assert server.pid not in (None, pid)
+    with redis.Redis.from_url(url, protocol=2) as client:
+        assert client.ping()
 
 
 def test_a_directory_that_is_in_use_is_refused(server: LocalRedis, directory: Path) -> None:

@@ -33,7 +33,7 @@ def test_training_layout_equals_single_chats(
     random_model: Qwen2VLForConditionalGeneration, form: Form, layout: Layout
 ) -> None:
     """The masked blocks give the logits of transformers' own forward on each chat alone, features and positions too."""
-    batch = sample_batch(Random("layout"), form, layout, max_rows=1)
+    batch = sample_batch(Random("layout"), form, layout, max_rows=1).to(torch.device("cpu"))
     logits = answer_logits(random_model, batch, torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(1)
     row = 3

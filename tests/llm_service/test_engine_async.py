@@ -105,7 +105,7 @@ async def test_a_refused_request_raises_before_the_first_output(engine: AsyncLLM
 
 async def test_a_request_refused_for_its_id_does_not_abort_the_other(engine: AsyncLLMEngine, model: Any) -> None:
     prompt = model.prompts[1]
-    async with aclosing(engine.generate(prompt.request("same"))) as stream:
+    async with asyncio.timeout(20), aclosing(engine.generate(prompt.request("same"))) as stream:
         outputs = [await anext(stream)]
         with pytest.raises(ValueError, match="already being served"):
             await collect(engine, prompt.request("same"))
