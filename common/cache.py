@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
 
 from common import metrics
-from common.embedding import EmbeddingFormatError, EmbeddingSpec, VisionEmbedding, unpack
+from common.embedding import EmbeddingFormatError, EmbeddingSpec, VisionEmbedding, check, unpack
 
 logger = logging.getLogger(__name__)
 
@@ -154,22 +154,14 @@ class TieredCache:
 def _checked(key: str, entry: Entry, spec: EmbeddingSpec) -> VisionEmbedding | None:
     """The embedding of an entry, or None if it is not the one that the image implies."""
     try:
-        embedding = entry.embedding or unpack(entry.data, key=key)
+        if entry.embedding is None:
+            return unpack(entry.data, key=key, spec=spec)
+        check(entry.embedding, spec)
     except EmbeddingFormatError as exc:
         logger.warning("the cache entry %s is refused: %s", key, exc)
-        metrics.cache_rejected.inc(tags={"reason": "format"})
+        metrics.cache_rejected.inc(tags={"reason": exc.reason})
         return None
-    if not _fits(embedding, spec):
-        logger.warning("the cache entry %s is refused: it is not what its image implies", key)
-        metrics.cache_rejected.inc(tags={"reason": "spec"})
-        return None
-    return embedding
-
-
-def _fits(embedding: VisionEmbedding, spec: EmbeddingSpec) -> bool:
-    tensors = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in embedding.tensors.items()}
-    implied = {name: (tuple(shape), spec.dtype) for name, shape in spec.shapes.items()}
-    return embedding.grid_thw == spec.grid_thw and tensors == implied
+    return entry.embedding
 
 
 def _max_frame_bytes(spec: EmbeddingSpec) -> int:

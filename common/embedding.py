@@ -35,8 +35,22 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _FIELDS = {"key", "grid_thw", "tensors", "producer", "created"}
 
 
+# torch warns, once a process, that a read-only buffer could be written to; VisionEmbedding's docstring forbids it.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch.frombuffer(b"0", dtype=torch.uint8)
+
+
 class EmbeddingFormatError(ValueError):
     """The bytes are not the embedding they should be: damaged, of another version, or of another image."""
+
+    reason = "format"
+
+
+class EmbeddingSpecError(EmbeddingFormatError):
+    """A sound embedding, but not what the size of its image implies."""
+
+    reason = "spec"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +137,19 @@ def unpack(data: bytes | bytearray | memoryview, *, key: str, spec: EmbeddingSpe
         raise EmbeddingFormatError("the entry belongs to another key")
     embedding = _read_tensors(view, _PREFIX.size + header_bytes, header)
     if spec is not None:
-        _check(embedding, spec)
+        check(embedding, spec)
     return embedding
+
+
+def check(embedding: VisionEmbedding, spec: EmbeddingSpec) -> None:
+    """Raises EmbeddingSpecError unless the embedding is what the size of its image implies."""
+    if embedding.grid_thw != spec.grid_thw:
+        raise EmbeddingSpecError(f"the grid is {embedding.grid_thw}, the image implies {spec.grid_thw}")
+    shapes = {name: tuple(tensor.shape) for name, tensor in embedding.tensors.items()}
+    if shapes != dict(spec.shapes):
+        raise EmbeddingSpecError(f"the tensors are {shapes}, the image implies {dict(spec.shapes)}")
+    if any(tensor.dtype != spec.dtype for tensor in embedding.tensors.values()):
+        raise EmbeddingSpecError(f"the tensors are not all {spec.dtype}")
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -173,24 +198,9 @@ def _read_tensors(view: memoryview, position: int, header: dict[str, Any]) -> Vi
         position = start + rows * columns * dtype.itemsize
         if position > len(view):
             raise EmbeddingFormatError(f"tensor {name!r} runs past the end of the frame")
-        tensors[name] = _frombuffer(view[start:position]).view(dtype).view(rows, columns)
+        tensors[name] = torch.frombuffer(view[start:position], dtype=torch.uint8).view(dtype).view(rows, columns)
     if position != len(view):
         raise EmbeddingFormatError(f"{len(view) - position} bytes follow the last tensor")
     return VisionEmbedding(tensors=tensors, grid_thw=tuple(header["grid_thw"]))
 
 
-def _frombuffer(view: memoryview) -> Tensor:
-    # torch warns that a read-only buffer could be written to; the docstring of VisionEmbedding forbids it.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.frombuffer(view, dtype=torch.uint8)
-
-
-def _check(embedding: VisionEmbedding, spec: EmbeddingSpec) -> None:
-    if embedding.grid_thw != spec.grid_thw:
-        raise EmbeddingFormatError(f"the grid is {embedding.grid_thw}, the image implies {spec.grid_thw}")
-    shapes = {name: tuple(tensor.shape) for name, tensor in embedding.tensors.items()}
-    if shapes != dict(spec.shapes):
-        raise EmbeddingFormatError(f"the tensors are {shapes}, the image implies {dict(spec.shapes)}")
-    if any(tensor.dtype != spec.dtype for tensor in embedding.tensors.values()):
-        raise EmbeddingFormatError(f"the tensors are not all {spec.dtype}")

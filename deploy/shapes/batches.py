@@ -14,6 +14,7 @@ from functools import lru_cache
 from random import Random
 from typing import Any, Literal, Self, TypeVar
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -104,32 +105,37 @@ class Batch:
     question_of: Tensor  # int16 [N], index into `questions`
     questions: list[tuple[Form, Question]]
 
+    def packed(self) -> Self:
+        """With numpy arrays, which travel between processes as plain bytes. A tensor would be handed over as an open
+        file, and those dozens of small negotiations take longer than a training step."""
+        return with_arrays(self, lambda tensor: tensor.numpy())
+
     def pin_memory(self) -> Self:
-        """For DataLoader: page-locked, so that the copy to the device does not make the host wait."""
-        return with_tensors(self, Tensor.pin_memory)
+        """For DataLoader: unpacked and page-locked, so that the copy to the device does not make the host wait."""
+        return with_arrays(self, lambda array: torch.as_tensor(array).pin_memory())
 
     def to(self, device: torch.device) -> Self:
-        """On the device, integers as int64."""
+        """Unpacked on the device, integers as int64."""
 
-        def move(tensor: Tensor) -> Tensor:
-            tensor = tensor.to(device, non_blocking=True)
+        def move(array: Any) -> Tensor:
+            tensor = torch.as_tensor(array).to(device, non_blocking=True)
             return tensor if tensor.is_floating_point() else tensor.long()
 
-        return with_tensors(self, move)
+        return with_arrays(self, move)
 
 
 DataclassT = TypeVar("DataclassT", PictureGroup, Batch)
 
 
-def with_tensors(value: DataclassT, change: Callable[[Tensor], Tensor]) -> DataclassT:
-    """A copy with every tensor changed, those of the groups of a batch too."""
+def with_arrays(value: DataclassT, change: Callable[[Any], Any]) -> DataclassT:
+    """A copy with every tensor or array changed, those of the groups of a batch too."""
     changed: dict[str, Any] = {}
     for field in fields(value):
         content = getattr(value, field.name)
-        if isinstance(content, Tensor):
+        if isinstance(content, Tensor | np.ndarray):
             changed[field.name] = change(content)
         elif field.name == "groups":
-            changed[field.name] = [with_tensors(group, change) for group in content]
+            changed[field.name] = [with_arrays(group, change) for group in content]
     return replace(value, **changed)
 
 
@@ -148,7 +154,7 @@ class Batches(Dataset[Batch]):
         rng = Random(f"{self.namespace}-{self.start + index}")
         form, layout = rng.choices(list(MIXTURE), list(MIXTURE.values()))[0]
         batch = sample_batch(rng, form, layout, self.max_rows, max_shapes(self.start + index))
-        return replace(batch, questions=[])  # training needs their tokens only, and the transfer to it is not free
+        return replace(batch, questions=[]).packed()  # training needs the tokens of the questions only
 
 
 def max_shapes(number: int) -> int:
@@ -158,6 +164,11 @@ def max_shapes(number: int) -> int:
     shape is meant, and nothing was learned about kinds in 8,000 steps.
     """
     return min(MAX_SHAPES, 1 + number // STEPS_PER_SHAPE)
+
+
+def unchanged(batch: Batch) -> Batch:
+    """For DataLoader, which otherwise makes tensors of all arrays."""
+    return batch
 
 
 @lru_cache(maxsize=1)

@@ -72,15 +72,13 @@ def constant(values: tuple[object, ...], device: torch.device) -> Tensor:
 def resize_weights(size: int, new_size: int, device: torch.device) -> Tensor:
     """Pillow's antialiased bicubic resize of one axis as a matrix [new_size, size]."""
     scale = size / new_size
-    support = CUBIC_SUPPORT * max(scale, 1.0)
-    centres = (torch.arange(new_size, dtype=torch.float64)[:, None] + 0.5) * scale
-    places = torch.arange(size, dtype=torch.float64)[None, :] + 0.5
+    centres = (torch.arange(new_size, dtype=torch.float64, device=device)[:, None] + 0.5) * scale
+    places = torch.arange(size, dtype=torch.float64, device=device)[None, :] + 0.5
     offset = ((places - centres) / max(scale, 1.0)).abs()
     near = (CUBIC_A + 2.0) * offset**3 - (CUBIC_A + 3.0) * offset**2 + 1.0
     far = CUBIC_A * (offset**3 - 5.0 * offset**2 + 8.0 * offset - 4.0)
-    weights = torch.where(offset < 1.0, near, torch.where(offset < 2.0, far, torch.zeros_like(offset)))
-    weights[(places - centres).abs() > support + 0.5] = 0.0
-    return (weights / weights.sum(1, keepdim=True)).to(device, torch.float32)
+    weights = torch.where(offset < 1.0, near, torch.where(offset < CUBIC_SUPPORT, far, torch.zeros_like(offset)))
+    return (weights / weights.sum(1, keepdim=True)).float()
 
 
 def resize(pixels: Tensor, height: int, width: int) -> Tensor:

@@ -203,12 +203,14 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @lru_cache(maxsize=512)
 def rotary_tables(rows: int, columns: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin [S, head_dim] of patch positions, in the order in which merged patches are adjacent."""
-    frequencies = 1.0 / VISION_ROPE_THETA ** (torch.arange(0, head_dim // 2, 2, dtype=torch.float) / (head_dim // 2))
-    place = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"))
+    steps = torch.arange(0, head_dim // 2, 2, dtype=torch.float, device=device)
+    frequencies = 1.0 / VISION_ROPE_THETA ** (steps / (head_dim // 2))
+    axes = (torch.arange(size, device=device) for size in (rows, columns))
+    place = torch.stack(torch.meshgrid(*axes, indexing="ij"))
     blocks = place.view(2, rows // MERGE_SIZE, MERGE_SIZE, columns // MERGE_SIZE, MERGE_SIZE)
     row, column = blocks.permute(0, 1, 3, 2, 4).reshape(2, -1, 1)
     angles = torch.cat([row * frequencies, column * frequencies], dim=-1).repeat(1, 2)
-    return angles.cos().to(device), angles.sin().to(device)
+    return angles.cos(), angles.sin()
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -406,8 +406,8 @@ def reference(rng: Random, scene: Scene, shape: Shape, words: Lexicon) -> str:
 
 def margins(scene: Scene) -> tuple[float, float]:
     """How far two places must be apart to be told apart, (x, y) in pixels of the picture."""
-    visible = 12.0 / resize_scale(scene.height, scene.width)
-    return max(visible, 0.08 * scene.width), max(visible, 0.08 * scene.height)
+    visible = 14.0 / resize_scale(scene.height, scene.width)
+    return max(visible, 0.1 * scene.width), max(visible, 0.1 * scene.height)
 
 
 def choose_by_number(rng: Random, counts: Mapping[str, int]) -> str:
@@ -458,20 +458,20 @@ def ask_shape(rng: Random, pictures: Pictures, words: Lexicon) -> Draft | None:
 
 def ask_count_all(rng: Random, pictures: Pictures, words: Lexicon) -> Draft | None:
     number = len(pictures[0].shapes)
-    return Draft({"nouns": words.anything}, words.numbers[number], words.numbers[1:], "count")
+    return Draft({"nouns": words.anything}, words.numbers[number], words.numbers[1 : MAX_SHAPES + 1], "count")
 
 
 def ask_count_kind(rng: Random, pictures: Pictures, words: Lexicon) -> Draft | None:
     counts = count_kinds(pictures[0])
     kind = choose_by_number(rng, counts)
-    return Draft({"nouns": words.plurals[kind]}, words.numbers[counts[kind]], words.numbers, "count")
+    return Draft({"nouns": words.plurals[kind]}, words.numbers[counts[kind]], words.numbers[: MAX_SHAPES + 1], "count")
 
 
 def ask_count_colour(rng: Random, pictures: Pictures, words: Lexicon) -> Draft | None:
     counts = count_colours(pictures[0])
     colour = choose_by_number(rng, counts)
     nouns = words.any_shapes.format(colour=words.colours[colour])
-    return Draft({"nouns": nouns}, words.numbers[counts[colour]], words.numbers, "count")
+    return Draft({"nouns": nouns}, words.numbers[counts[colour]], words.numbers[: MAX_SHAPES + 1], "count")
 
 
 def ask_exists_name(rng: Random, pictures: Pictures, words: Lexicon) -> Draft | None:

@@ -41,9 +41,9 @@ MIN_PIXELS = 112 * 112
 MAX_PIXELS = 224 * 224
 
 MIN_SIDE, MAX_SIDE, MAX_ASPECT_RATIO = 56, 672, 3.0
-MAX_SHAPES = 6
+MAX_SHAPES = 5
 EXTENT = 1.15  # radii
-MIN_RADIUS = 10.0  # pixels after the resize of the image processor
+MIN_RADIUS = 12.0  # pixels after the resize of the image processor
 MAX_RADIUS = 0.26  # of the shorter side
 MIN_CONTRAST = 85.0  # Euclidean distance in RGB between a shape and its background
 
@@ -193,7 +193,7 @@ def sample_scene(
 def radius_limits(width: int, height: int, count: int) -> tuple[float, float]:
     """The smallest and largest radius for one of `count` shapes."""
     smallest = MIN_RADIUS / resize_scale(height, width)
-    largest = min(MAX_RADIUS * min(width, height), math.sqrt(0.3 * width * height / (max(count, 1) * math.pi)))
+    largest = min(MAX_RADIUS * min(width, height), math.sqrt(0.4 * width * height / (max(count, 1) * math.pi)))
     return smallest, max(smallest, largest)
 
 
@@ -206,7 +206,7 @@ def sample_places(
     for _ in range(count):
         for attempt in range(40):
             # Later attempts are smaller, so that a crowded picture is filled rather than given up.
-            radius = smallest * (largest / smallest) ** (rng.random() * (1.0 - attempt / 40))
+            radius = smallest + (largest - smallest) * rng.random() * (1.0 - attempt / 40)
             margin = EXTENT * radius + 1.0
             x, y = rng.uniform(margin, width - margin), rng.uniform(margin, height - margin)
             if all(math.hypot(x - a, y - b) > 1.2 * (radius + c) for a, b, c in places):

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Qwen2VLForConditionalGeneration
 
-from deploy.shapes.batches import MAX_ROWS, MIXTURE, Batch, Batches, PictureGroup, sample_batch
+from deploy.shapes.batches import MAX_ROWS, MIXTURE, Batch, Batches, PictureGroup, sample_batch, unchanged
 from deploy.shapes.drawing import add_noise, draw, imitate_jpeg, palette_on, patchify, resize
 from deploy.shapes.model import (
     PLAIN_FUNCTIONS,
@@ -173,6 +173,7 @@ def train(arguments: argparse.Namespace) -> None:
     loader = DataLoader(
         Batches(namespace, progress.step, last_step, arguments.rows),
         batch_size=None,
+        collate_fn=unchanged,
         num_workers=arguments.workers,
         prefetch_factor=8 if arguments.workers else None,
         pin_memory=device.type == "cuda",
