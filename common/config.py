@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 MIB = 1024**2
 
@@ -45,13 +45,36 @@ class ModelConfig(Config):
 
 
 class CacheConfig(Config):
-    """Where embeddings are kept. Losing any of them costs time, never an answer."""
+    """Where embeddings are kept, and in a second store what they are made from.
 
-    redis_url: str | None = Field(None, description="redis://, rediss:// or unix://; default: a private server")
+    Losing embeddings costs time, never an answer. The `media_` store holds what must not be lost: the sources and
+    records of managed media, and aliases.
+    """
+
+    redis_url: str | None = Field(
+        None, description="redis://, rediss://, unix:// or, of a cluster, redis+cluster://; default: a private server"
+    )
     local_bytes: int = Field(256 * MIB, ge=0, description="in-process tier of each replica")
     redis_bytes: int = Field(512 * MIB, ge=8 * MIB, description="memory limit of the private server")
     ttl_s: int = Field(24 * 3600, ge=1, description="lifetime of an entry in Redis")
     connect_timeout_s: float = Field(0.05, gt=0)
     timeout_s: float = Field(0.1, gt=0, description="base time limit of a Redis call, beside its transfer time")
     min_bytes_per_s: float = Field(50 * MIB, gt=0, description="slowest transfer that is waited for")
+    audit_fraction: float = Field(
+        0.0, ge=0, le=1, description="`exact` numerics: share of hits that are encoded again in idle time and compared"
+    )
+    answer_cache_bytes: int = Field(
+        0, ge=0, description="`exact` numerics: answers of greedy requests kept in Redis; 0: none"
+    )
+    secret: SecretStr | None = Field(
+        None, min_length=16, description="entries are sealed with BLAKE3 under it, and others refused; default: xxh3"
+    )
     write_queue_bytes: int = Field(64 * MIB, ge=0, description="entries waiting to be written; more are dropped")
+    media_redis_url: str | None = Field(None, description="a second Redis, with noeviction; default: a private server")
+    media_redis_bytes: int = Field(256 * MIB, ge=8 * MIB, description="memory limit of the private second server")
+    media_ttl_s: int = Field(24 * 3600, ge=1, description="lifetime of managed media that name none")
+    media_timeout_s: float = Field(1.0, gt=0, description="base time limit of a call of the second store")
+    max_pinned_bytes: int = Field(128 * MIB, ge=0, description="sources and embeddings of pinned media, together")
+    admin_api: bool = Field(
+        False, description="serve /v1/cache: statistics, warming, purge, export, import; every caller may use it then"
+    )

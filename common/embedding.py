@@ -2,37 +2,45 @@
 
 Layout of a packed embedding, little endian:
 
-    magic "FVEA" | version u16 | reserved u16 | header length u32 | frame length u64 | xxh3_128 of all that follows
+    magic "FVEA" | version u16 | seal u16 | header length u32 | frame length u64 | digest of all other bytes, 16 bytes
     msgpack header | padding to 64 | buffer 0 | padding to 64 | buffer 1 | ...
+
+The seal says how the digest is made: xxh3_128 notices damage; BLAKE3 keyed with a secret also refuses what was written
+by someone who does not have it.
 
 The same bytes are the encoder's reply and the value in Redis. Nothing is unpickled, and a reader checks every field
 before it trusts a byte.
 """
 
+import hmac
+import math
 import struct
 import time
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import blake3
 import msgpack
 import torch
 import xxhash
 from torch import Tensor
 
 Grid = tuple[int, int, int]  # (t, h, w) in patches
+Buffer = bytes | memoryview
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 
 _MAGIC = b"FVEA"
-_PREFIX = struct.Struct("<4sHHIQ16s")
-_HASHED_FROM = _PREFIX.size
+_PREFIX = struct.Struct("<4sHHIQ")
+_DIGEST_BYTES = 16
+_HEADER_FROM = _PREFIX.size + _DIGEST_BYTES
 _ALIGNMENT = 64
 _MAX_HEADER_BYTES = 64 * 1024
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_FIELDS = {"key", "grid_thw", "tensors", "producer", "created"}
+_FIELDS = {"key", "grid_thw", "tensors", "producer", "created", "encode_ms"}
 
 
 # torch warns, once a process, that a read-only buffer could be written to; VisionEmbedding's docstring forbids it.
@@ -54,6 +62,14 @@ class EmbeddingSpecError(EmbeddingFormatError):
 
 
 @dataclass(frozen=True, slots=True)
+class Seal:
+    """How the digest of a frame is made: the number that says so in the frame, and 16 bytes from all other bytes."""
+
+    number: int
+    digest: Callable[[Iterable[Buffer]], bytes] = field(repr=False)  # it holds the secret
+
+
+@dataclass(frozen=True, slots=True)
 class VisionEmbedding:
     """What the encoder says about one image or one temporal grid.
 
@@ -63,6 +79,11 @@ class VisionEmbedding:
 
     tensors: Mapping[str, Tensor]
     grid_thw: Grid
+    encode_ms: float = 0.0  # what it cost to make, waiting not counted; 0 if nobody measured
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @property
     def features(self) -> Tensor:
@@ -86,9 +107,38 @@ class EmbeddingSpec:
         return self.shapes["features"][0]
 
 
-def pack(embedding: VisionEmbedding, *, key: str, producer: str = "") -> bytes:
+def _xxh3_digest(parts: Iterable[Buffer]) -> bytes:
+    hasher = xxhash.xxh3_128()
+    for part in parts:
+        hasher.update(part)
+    return hasher.digest()
+
+
+CHECKSUM = Seal(0, _xxh3_digest)
+
+
+def keyed_seal(secret: str) -> Seal:
+    """BLAKE3 under a key made from `secret`, which both services must share."""
+    key = blake3.blake3(secret.encode(), derive_key_context="fovea: seals of packed embeddings").digest()
+
+    def digest(parts: Iterable[Buffer]) -> bytes:
+        hasher = blake3.blake3(key=key)
+        for part in parts:
+            hasher.update(part)
+        return hasher.digest(_DIGEST_BYTES)
+
+    return Seal(1, digest)
+
+
+def pack(embedding: VisionEmbedding, *, key: str, producer: str = "", seal: Seal = CHECKSUM) -> bytes:
     """One contiguous frame. `key` is the full cache key; `producer` names the replica, for people who debug."""
-    buffers = [_bytes_of(tensor) for tensor in embedding.tensors.values()]
+    return b"".join(pack_parts(embedding, key=key, producer=producer, seal=seal))
+
+
+def pack_parts(
+    embedding: VisionEmbedding, *, key: str, producer: str = "", seal: Seal = CHECKSUM
+) -> list[bytes | memoryview]:
+    """The frame in pieces, of which those of the tensors share their memory: nothing large is copied."""
     descriptions = [
         [name, _DTYPE_NAMES[tensor.dtype], list(tensor.shape)] for name, tensor in embedding.tensors.items()
     ]
@@ -99,43 +149,47 @@ def pack(embedding: VisionEmbedding, *, key: str, producer: str = "") -> bytes:
             "tensors": descriptions,
             "producer": producer,
             "created": time.time(),
+            "encode_ms": embedding.encode_ms,
         }
     )
     parts: list[bytes | memoryview] = [header]
-    position = _PREFIX.size + len(header)
-    for buffer in buffers:
+    position = _HEADER_FROM + len(header)
+    for tensor in embedding.tensors.values():
+        buffer = _bytes_of(tensor)
         padding = -position % _ALIGNMENT
         parts += [bytes(padding), buffer]
         position += padding + len(buffer)
-    checksum = xxhash.xxh3_128()
-    for part in parts:
-        checksum.update(part)
-    prefix = _PREFIX.pack(_MAGIC, WIRE_VERSION, 0, len(header), position, checksum.digest())
-    return b"".join([prefix, *parts])
+    prefix = _PREFIX.pack(_MAGIC, WIRE_VERSION, seal.number, len(header), position)
+    return [prefix, seal.digest([prefix, *parts]), *parts]
 
 
-def unpack(data: bytes | bytearray | memoryview, *, key: str, spec: EmbeddingSpec | None = None) -> VisionEmbedding:
+def unpack(
+    data: bytes | bytearray | memoryview, *, key: str, spec: EmbeddingSpec | None = None, seal: Seal = CHECKSUM
+) -> VisionEmbedding:
     """The inverse of `pack()`, without copying tensors. Raises EmbeddingFormatError unless everything fits.
 
     `key` must be the one that was packed, so that an entry stored under a wrong key is noticed; `spec` is what the
     image's size implies.
     """
     view = memoryview(data)
-    if len(view) < _PREFIX.size:
-        raise EmbeddingFormatError(f"{len(view)} bytes are less than a frame's prefix of {_PREFIX.size}")
-    magic, version, reserved, header_bytes, frame_bytes, digest = _PREFIX.unpack_from(view)
-    if (magic, version, reserved) != (_MAGIC, WIRE_VERSION, 0):
+    if len(view) < _HEADER_FROM:
+        raise EmbeddingFormatError(f"{len(view)} bytes are less than a frame's prefix of {_HEADER_FROM}")
+    magic, version, seal_number, header_bytes, frame_bytes = _PREFIX.unpack_from(view)
+    if (magic, version) != (_MAGIC, WIRE_VERSION):
         raise EmbeddingFormatError(f"not a frame of wire version {WIRE_VERSION}")
+    if seal_number != seal.number:
+        raise EmbeddingFormatError(f"the frame has seal {seal_number}, this service uses {seal.number}")
     if frame_bytes != len(view):
         raise EmbeddingFormatError(f"the frame says {frame_bytes} bytes, {len(view)} arrived")
-    if header_bytes > min(_MAX_HEADER_BYTES, len(view) - _PREFIX.size):
+    if header_bytes > min(_MAX_HEADER_BYTES, len(view) - _HEADER_FROM):
         raise EmbeddingFormatError(f"a header of {header_bytes} bytes does not fit")
-    if xxhash.xxh3_128_digest(view[_HASHED_FROM:]) != digest:
-        raise EmbeddingFormatError("the checksum does not match")
-    header = _read_header(view[_PREFIX.size : _PREFIX.size + header_bytes])
+    digest = seal.digest([view[: _PREFIX.size], view[_HEADER_FROM:]])
+    if not hmac.compare_digest(digest, view[_PREFIX.size : _HEADER_FROM]):
+        raise EmbeddingFormatError("the digest does not match")
+    header = _read_header(view[_HEADER_FROM : _HEADER_FROM + header_bytes])
     if header["key"] != key:
         raise EmbeddingFormatError("the entry belongs to another key")
-    embedding = _read_tensors(view, _PREFIX.size + header_bytes, header)
+    embedding = _read_tensors(view, _HEADER_FROM + header_bytes, header)
     if spec is not None:
         check(embedding, spec)
     return embedding
@@ -150,6 +204,15 @@ def check(embedding: VisionEmbedding, spec: EmbeddingSpec) -> None:
         raise EmbeddingSpecError(f"the tensors are {shapes}, the image implies {dict(spec.shapes)}")
     if any(tensor.dtype != spec.dtype for tensor in embedding.tensors.values()):
         raise EmbeddingSpecError(f"the tensors are not all {spec.dtype}")
+
+
+def content_digest(embedding: VisionEmbedding) -> str:
+    """BLAKE3 of names, dtypes, shapes and every bit of the tensors: equal only for equal embeddings."""
+    digest = blake3.blake3()
+    for name, tensor in sorted(embedding.tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        digest.update(_bytes_of(tensor))
+    return digest.hexdigest()
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -171,6 +234,8 @@ def _read_header(data: memoryview) -> dict[str, Any]:
         raise EmbeddingFormatError("tensors must be a list of [name, dtype, shape]")
     if len({name for name, _, _ in tensors}) != len(tensors) or "features" not in [name for name, _, _ in tensors]:
         raise EmbeddingFormatError("tensor names must be unique and include 'features'")
+    if not (type(header["encode_ms"]) is float and 0 <= header["encode_ms"] < math.inf):
+        raise EmbeddingFormatError("encode_ms must be a number of milliseconds")
     return header
 
 
@@ -201,6 +266,4 @@ def _read_tensors(view: memoryview, position: int, header: dict[str, Any]) -> Vi
         tensors[name] = torch.frombuffer(view[start:position], dtype=torch.uint8).view(dtype).view(rows, columns)
     if position != len(view):
         raise EmbeddingFormatError(f"{len(view) - position} bytes follow the last tensor")
-    return VisionEmbedding(tensors=tensors, grid_thw=tuple(header["grid_thw"]))
-
-
+    return VisionEmbedding(tensors=tensors, grid_thw=tuple(header["grid_thw"]), encode_ms=header["encode_ms"])

@@ -4,8 +4,11 @@
     |-- InvalidRequestError         400   the request can never succeed as it is
     |   `-- PayloadTooLargeError    413   ... because it has too many bytes
     |-- ModelNotFoundError          404
+    |-- MediaNotFoundError          404   managed media of this id are not there, or no longer
+    |-- ConflictError               409   the request contradicts what is known already
     |-- OverloadedError             429   the same request may succeed later
-    `-- UnavailableError            503   a part of the service is missing for now
+    |-- UnavailableError            503   a part of the service is missing for now
+    `-- InsufficientStorageError    507   a store is full until something in it is deleted or expires
 
 Anything else that is raised while serving is a bug and a 500. Messages name the field, the limit and the setting, and
 never contain text of a decoder or of another library.
@@ -42,6 +45,16 @@ class ModelNotFoundError(ServingError):
     type = "invalid_request_error"
 
 
+class MediaNotFoundError(ServingError):
+    status = 404
+    type = "invalid_request_error"
+
+
+class ConflictError(ServingError):
+    status = 409
+    type = "invalid_request_error"
+
+
 class OverloadedError(ServingError):
     status = 429
     type = "rate_limit_error"
@@ -50,3 +63,8 @@ class OverloadedError(ServingError):
 class UnavailableError(ServingError):
     status = 503
     type = "service_unavailable_error"
+
+
+class InsufficientStorageError(ServingError):
+    status = 507
+    type = "insufficient_storage_error"

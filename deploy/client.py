@@ -38,6 +38,9 @@ class Client:
         self._url = url
         self._model: str | None = None
 
+    def close(self) -> None:
+        self._http.close()
+
     def model(self) -> str:
         """The name of the model that is served."""
         if self._model is None:

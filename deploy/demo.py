@@ -92,7 +92,7 @@ def ask(client: Client, directory: Path, question: Question) -> bool:
 
 def costs(answer: Answer) -> str:
     images = ", ".join(
-        f"{receipt['tokens']} image tokens from {receipt['source']} in {receipt['ms']:.1f} ms"
+        f"{receipt['tokens']} image tokens from {receipt['source']} in {receipt['wait_ms']:.1f} ms"
         for receipt in answer.images
     )
     return f"{images}; answer in {answer.seconds * 1000:.0f} ms"

@@ -51,6 +51,7 @@ def application_config(
     encoder_replicas: int | None = None,
     llm_replicas: int | None = None,
     redis_url: str | None = None,
+    media_redis_url: str | None = None,
     port: int | None = None,
 ) -> dict[str, Any]:
     """The declarative configuration in `config`, with what was given in its place."""
@@ -59,8 +60,9 @@ def application_config(
     arguments = application.setdefault("args", {})
     if model is not None:
         arguments["model"] = {**arguments.get("model", {}), "path": _absolute_if_directory(model)}
-    if redis_url is not None:
-        arguments["cache"] = {**arguments.get("cache", {}), "redis_url": redis_url}
+    for field, given in (("redis_url", redis_url), ("media_redis_url", media_redis_url)):
+        if given is not None:
+            arguments["cache"] = {**arguments.get("cache", {}), field: given}
     if port is not None:
         loaded.setdefault("http_options", {})["port"] = port
     for name, replicas in (("encoder", encoder_replicas), ("llm", llm_replicas)):

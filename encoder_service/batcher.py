@@ -43,6 +43,11 @@ class Batcher:
             self._running = asyncio.create_task(self._run())
         return await waiting.result
 
+    async def idle(self) -> None:
+        """Returns when no image waits and none is being encoded."""
+        while self._running is not None and not self._running.done():
+            await asyncio.wait([self._running])
+
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         while batch := self._next_batch():

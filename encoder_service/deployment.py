@@ -1,11 +1,14 @@
 """The Ray Serve shell around EncoderServer."""
 
+from typing import Any
+
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
 from common.config import CacheConfig, ModelConfig
 from common.identity import EmbeddingNamespace
 from common.media import MediaItem
+from common.media_store import EVERYTHING, DeletionWatcher, open_media_store
 from common.redis_store import open_cache
 from encoder_service.config import EncoderConfig
 from encoder_service.server import EncoderServer
@@ -23,10 +26,25 @@ class EncoderDeployment:
 
     def __init__(self, model: ModelConfig, config: EncoderConfig, cache: CacheConfig) -> None:
         replica = serve.get_replica_context().replica_tag
-        self._server = EncoderServer(model, config, open_cache(cache), producer=replica)
+        self._cache = open_cache(cache)
+        self._server = EncoderServer(model, config, self._cache, producer=replica)
+        self._deletions = DeletionWatcher(open_media_store(cache), self._discard)
 
     async def encode(self, item: MediaItem) -> bytes:
+        self._deletions.start()
         return await self._server.encode(item)
+
+    async def audit(self, item: MediaItem, namespace: str, digest: str) -> bool | None:
+        return await self._server.audit(item, namespace, digest)
+
+    async def stats(self) -> dict[str, Any]:
+        return self._server.stats()
 
     async def describe(self) -> EmbeddingNamespace:
         return await self._server.describe()
+
+    async def _discard(self, event: str) -> None:
+        if event == EVERYTHING:
+            self._cache.clear_local()
+        else:
+            self._cache.discard_image(event)

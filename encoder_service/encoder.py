@@ -1,5 +1,7 @@
 """The vision half on its device: preprocessed images in, embeddings out. The only code here that runs a model."""
 
+import time
+
 import torch
 
 from common.checkpoint import LoadedHalf, device_capability
@@ -35,11 +37,14 @@ class VisionEncoder:
 
     @torch.inference_mode()
     def _forward(self, images: list[PreprocessedImage]) -> list[VisionEmbedding]:
+        started = time.perf_counter()
         patches = torch.cat([image.patches for image in images]).to(self.half.device)
         values = pixel_values(patches, self.table, self.temporal_patch_size).to(self.half.dtype)
         grids = torch.tensor([image.grid_thw for image in images], device=self.half.device)
         features = self.half.model.get_image_features(values, grids, return_dict=True).pooler_output
+        rows_of_images = [rows.cpu() for rows in features]
+        ms_per_patch = (time.perf_counter() - started) * 1000 / len(patches)
         return [
-            VisionEmbedding(tensors={"features": rows.cpu()}, grid_thw=image.grid_thw)
-            for image, rows in zip(images, features, strict=True)
+            VisionEmbedding({"features": rows}, image.grid_thw, encode_ms=ms_per_patch * image.num_patches)
+            for image, rows in zip(images, rows_of_images, strict=True)
         ]

@@ -1,8 +1,11 @@
 """One image from bytes to packed embedding: cache, join identical work, preprocess, batch, encode, publish. No Ray."""
 
 import asyncio
+import dataclasses
 import time
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 
@@ -10,7 +13,7 @@ from common import metrics
 from common.cache import EmbeddingCache, SingleFlight
 from common.checkpoint import checkpoint_directory, load_half, load_preprocessor_config
 from common.config import ModelConfig
-from common.embedding import EmbeddingSpec, pack
+from common.embedding import EmbeddingSpec, VisionEmbedding, content_digest, pack, unpack
 from common.errors import InvalidRequestError
 from common.families import ImageGeometry
 from common.identity import EmbeddingNamespace, mm_hash
@@ -18,7 +21,11 @@ from common.media import MediaItem, image_header
 from encoder_service.batcher import Batcher
 from encoder_service.config import EncoderConfig
 from encoder_service.encoder import VisionEncoder
-from encoder_service.preprocess import ImagePreprocessor
+from encoder_service.preprocess import ImagePreprocessor, PreprocessedImage
+
+T = TypeVar("T")
+
+_LOOKUP_S = 0.02
 
 
 class EncoderServer:
@@ -54,24 +61,70 @@ class EncoderServer:
         key = self._encoder.namespace.key(item.mm_hash, str(item.params))
         return await self._in_flight.run(key, lambda: self._find_or_encode(key, item))
 
+    async def audit(self, item: MediaItem, namespace: str, digest: str) -> bool | None:
+        """Encodes an image again once no other one waits: are these the bits that `digest` was made of?
+
+        If not, this replica uses no stored embedding of its namespace any more. None: the digest is of another
+        namespace, so that nothing can be said.
+        """
+        if namespace != str(self._encoder.namespace):
+            return None
+        await self._batcher.idle()
+        embedding = await self._encode(item)
+        is_right = await self._on_thread(content_digest, embedding) == digest
+        if not is_right:
+            self._cache.quarantine(namespace)
+        return is_right
+
+    def stats(self) -> dict[str, Any]:
+        """How many images this replica has encoded and is working on, in JSON's types."""
+        return {"producer": self._producer, "encoded": self.num_encoded, "in_flight": len(self._in_flight)}
+
     async def _find_or_encode(self, key: str, item: MediaItem) -> bytes:
-        # The caller missed a moment ago, but another replica may have published the image since.
+        # The caller missed a moment ago, but another replica may have published the image since. A store that does not
+        # answer has cost the caller its time already, so it is not waited for once more.
         spec = self._spec(item)
-        hits = await self._cache.get_many({key: spec})
-        if key in hits:
-            return hits[key].data
+        hits = await _soon(self._cache.get_many({key: spec}))
+        hit = None if hits is None else hits.get(key)
+        if hits is not None and hit is None and await _soon(self._cache.claim(key, spec, self._producer)) is False:
+            hit = await self._cache.wait_for(key, spec, self._producer)
+        if hit is not None:
+            return hit.data
         started = time.perf_counter()
-        loop = asyncio.get_running_loop()
-        image = await loop.run_in_executor(self._pool, self._preprocess, item.data, item.params)
+        embedding = await self._encode(item)
+        data, packed = await self._on_thread(self._pack, key, embedding)
+        metrics.encode_seconds.observe(time.perf_counter() - started)
+        self._cache.put(key, data, packed)
+        return data
+
+    async def _encode(self, item: MediaItem) -> VisionEmbedding:
+        image, preprocess_ms = await self._on_thread(self._preprocess_and_time, item)
         embedding = await self._batcher.submit(image)
-        data = await loop.run_in_executor(self._pool, lambda: pack(embedding, key=key, producer=self._producer))
         self.num_encoded += 1
         metrics.images_encoded.inc()
-        metrics.encode_seconds.observe(time.perf_counter() - started)
-        self._cache.put(key, data)
-        return data
+        return dataclasses.replace(embedding, encode_ms=preprocess_ms + embedding.encode_ms)
+
+    def _preprocess_and_time(self, item: MediaItem) -> tuple[PreprocessedImage, float]:
+        started = time.thread_time()  # what it costs, not how long other threads kept it waiting
+        image = self._preprocess(item.data, item.params)
+        return image, (time.thread_time() - started) * 1000
+
+    def _pack(self, key: str, embedding: VisionEmbedding) -> tuple[bytes, VisionEmbedding]:
+        """The frame, and the embedding that shares its memory, so that the cache keeps one of them."""
+        data = pack(embedding, key=key, producer=self._producer, seal=self._cache.seal)
+        return data, unpack(data, key=key, seal=self._cache.seal)
+
+    async def _on_thread(self, function: Callable[..., T], *arguments: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
 
     def _spec(self, item: MediaItem) -> EmbeddingSpec:
         header = image_header(item.data, self._limits)
         grid = item.params.grid(self._geometry, header.height, header.width)
         return self._geometry.embedding_spec(grid, self._dtype)
+
+
+async def _soon(answer: Awaitable[T]) -> T | None:
+    """None if there is none within `_LOOKUP_S`; it may come later, for nobody."""
+    waiting = asyncio.ensure_future(answer)
+    await asyncio.wait([waiting], timeout=_LOOKUP_S)
+    return waiting.result() if waiting.done() else None

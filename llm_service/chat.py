@@ -9,6 +9,7 @@ from typing import Any, Literal, cast, get_args
 
 from common.config import ImageLimits
 from common.errors import InvalidRequestError, PayloadTooLargeError
+from common.identity import mm_hash
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
@@ -17,20 +18,38 @@ Detail = Literal["auto", "low", "high", "original"]
 # RFC 2397 with base64: data:image/png;charset=x;base64,....; scheme and type are case-insensitive
 _DATA_URL = re.compile(r"data:(?P<type>[^;,]*)(?P<parameters>(?:;[^;,]*)*),(?P<data>.*)", re.IGNORECASE | re.DOTALL)
 
+_ALIAS = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_BLAKE3 = re.compile(r"[0-9A-Fa-f]{64}")
+
 
 @dataclass(frozen=True, slots=True)
 class ImagePart:
-    """`field` is where the image stood in the request, for error messages."""
+    """`field` is where the image stood in the request, for error messages; `alias` is its `uuid`, if it has one."""
 
     data: bytes
     detail: Detail
     field: str
+    alias: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MediaPart:
+    """An image that is in the media store already, by its id or by an alias; `field` is where the name stood."""
+
+    name: str
+    is_alias: bool
+    detail: Detail
+    field: str
+    content_hash: str | None = None
+
+
+AnyImagePart = ImagePart | MediaPart
 
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
     role: str
-    content: list[str | ImagePart]
+    content: list[str | AnyImagePart]
 
     def for_template(self) -> dict[str, Any]:
         """What chat templates expect: a string, or parts in which an image is a bare marker."""
@@ -57,8 +76,8 @@ def parse_messages(messages: Sequence[Mapping[str, Any]], limits: ImageLimits) -
     return parsed
 
 
-def images_of(messages: Sequence[ChatMessage]) -> list[ImagePart]:
-    return [part for message in messages for part in message.content if isinstance(part, ImagePart)]
+def images_of(messages: Sequence[ChatMessage]) -> list[AnyImagePart]:
+    return [part for message in messages for part in message.content if not isinstance(part, str)]
 
 
 def decode_data_url(url: str, field: str, limits: ImageLimits) -> bytes:
@@ -103,7 +122,7 @@ def _parse_message(message: Mapping[str, Any], field: str, limits: ImageLimits) 
     return ChatMessage(role=ROLES[role], content=parts)
 
 
-def _parse_part(part: object, field: str, limits: ImageLimits) -> str | ImagePart:
+def _parse_part(part: object, field: str, limits: ImageLimits) -> str | AnyImagePart:
     if not isinstance(part, Mapping):
         raise InvalidRequestError("a content part must be an object", param=field)
     match part.get("type"):
@@ -113,10 +132,12 @@ def _parse_part(part: object, field: str, limits: ImageLimits) -> str | ImagePar
                 raise InvalidRequestError("text must be a string", param=f"{field}.text")
             return _checked_text(text, f"{field}.text")
         case "image_url":
-            return _parse_image(part.get("image_url"), f"{field}.image_url", limits)
+            return _parse_image(part, field, limits)
+        case "image_ref":
+            return _parse_reference(part, field)
         case other:
             raise InvalidRequestError(
-                f"content parts of type {other!r} are not supported; supported are 'text' and 'image_url'",
+                f"content parts of type {other!r} are not supported; supported are 'text', 'image_url' and 'image_ref'",
                 param=f"{field}.type",
                 code="unsupported_content_part",
             )
@@ -130,13 +151,51 @@ def _checked_text(text: str, field: str) -> str:
     return text
 
 
-def _parse_image(image: object, field: str, limits: ImageLimits) -> ImagePart:
-    if not isinstance(image, Mapping) or not isinstance(image.get("url"), str):
-        raise InvalidRequestError('image_url must be an object with a string "url"', param=field)
-    detail = image.get("detail") or "auto"
+def _parse_image(part: Mapping[str, Any], field: str, limits: ImageLimits) -> AnyImagePart:
+    alias = part.get("uuid")
+    if alias is not None and not (isinstance(alias, str) and _ALIAS.fullmatch(alias)):
+        raise InvalidRequestError("uuid must be 1 to 128 of the characters A-Z a-z 0-9 . _ : -", param=f"{field}.uuid")
+    image = part.get("image_url")
+    if image is None and alias is not None:
+        image = {}
+    if not isinstance(image, Mapping):
+        raise InvalidRequestError('image_url must be an object with a string "url"', param=f"{field}.image_url")
+    detail = _parse_detail(image, f"{field}.image_url")
+    content_hash = image.get("content_hash")
+    if content_hash is not None and not (isinstance(content_hash, str) and _BLAKE3.fullmatch(content_hash)):
+        raise InvalidRequestError(
+            "content_hash must be the BLAKE3 of the image's bytes, 64 hex digits",
+            param=f"{field}.image_url.content_hash",
+        )
+    if image.get("url") is None and alias is not None:
+        return MediaPart(alias, is_alias=True, detail=detail, field=f"{field}.uuid", content_hash=content_hash)
+    if not isinstance(image.get("url"), str):
+        raise InvalidRequestError('image_url must be an object with a string "url"', param=f"{field}.image_url")
+    data = decode_data_url(image["url"], f"{field}.image_url.url", limits)
+    check_content_hash(content_hash, mm_hash(data) if content_hash else "", f"{field}.image_url.content_hash")
+    return ImagePart(data=data, detail=detail, field=f"{field}.image_url.url", alias=alias)
+
+
+def check_content_hash(expected: str | None, found: str, field: str) -> None:
+    """Raises InvalidRequestError unless the digest that a caller expects is the one of the bytes."""
+    if expected is not None and expected.lower() != found:
+        raise InvalidRequestError(
+            f"the image's bytes have the BLAKE3 {found}, not {expected}", param=field, code="content_hash_mismatch"
+        )
+
+
+def _parse_reference(part: Mapping[str, Any], field: str) -> MediaPart:
+    media_id = part.get("media_id")
+    if not isinstance(media_id, str):
+        raise InvalidRequestError("media_id must be a string", param=f"{field}.media_id")
+    detail = _parse_detail(part, field)
+    return MediaPart(media_id, is_alias=False, detail=detail, field=f"{field}.media_id")
+
+
+def _parse_detail(source: Mapping[str, Any], field: str) -> Detail:
+    detail = source.get("detail") or "auto"
     if detail not in get_args(Detail):
         raise InvalidRequestError(
             f"detail must be one of {list(get_args(Detail))}, not {detail!r}", param=f"{field}.detail"
         )
-    data = decode_data_url(image["url"], f"{field}.url", limits)
-    return ImagePart(data=data, detail=cast(Detail, detail), field=f"{field}.url")
+    return cast(Detail, detail)

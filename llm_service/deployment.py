@@ -4,7 +4,7 @@ import asyncio
 import contextvars
 import logging
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from ray import serve
@@ -16,7 +16,9 @@ from common.config import CacheConfig, ModelConfig
 from common.errors import OverloadedError, ServingError, UnavailableError
 from common.identity import EmbeddingNamespace
 from common.media import MediaItem
+from common.media_store import open_media_store
 from common.redis_store import open_cache
+from llm_service.answer_cache import open_answer_cache
 from llm_service.api.app import create_app
 from llm_service.config import EngineConfig
 from llm_service.server import LLMServer
@@ -42,6 +44,10 @@ class EncoderHandle:
         # The consistent hash is over the image alone: a new namespace keeps its images where they were.
         handle = self._handle.options(session_id=item.mm_hash)
         return await self._retry(lambda: handle.encode.remote(item))
+
+    async def audit(self, item: MediaItem, namespace: str, digest: str) -> bool | None:
+        handle = self._handle.options(session_id=item.mm_hash)
+        return await self._retry(lambda: handle.audit.remote(item, namespace, digest))
 
     async def describe(self) -> EmbeddingNamespace:
         return await self._retry(lambda: self._handle.describe.remote())
@@ -74,10 +80,22 @@ class LLMDeployment:
     """The application's ingress. Replica count, GPUs and autoscaling are set by name in the application's YAML."""
 
     def __init__(self, model: ModelConfig, config: EngineConfig, cache: CacheConfig, encoder: DeploymentHandle) -> None:
-        self._server = LLMServer(model, config, open_cache(cache), EncoderHandle(encoder))
+        self._admin_api = cache.admin_api
+        self._server = LLMServer(
+            model,
+            config,
+            open_cache(cache),
+            EncoderHandle(encoder),
+            media_store=open_media_store(cache),
+            audit_fraction=cache.audit_fraction,
+            answers=open_answer_cache(cache),
+        )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._server)
+        return create_app(self._server, admin_api=self._admin_api)
+
+    async def cache_report(self) -> dict[str, Any]:
+        return {"replica": serve.get_replica_context().replica_tag} | self._server.cache_report()
 
     async def check_health(self) -> None:
         """Called by Serve; raising replaces the replica."""

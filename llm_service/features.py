@@ -1,16 +1,19 @@
 """Image bytes -> embeddings: from the cache, joined with an identical request, or from the encoder service."""
 
 import asyncio
+import dataclasses
 import logging
+import random
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from common import metrics
 from common.cache import EmbeddingCache, SingleFlight
-from common.embedding import EmbeddingFormatError, EmbeddingSpec, Grid, VisionEmbedding, unpack
+from common.embedding import EmbeddingFormatError, EmbeddingSpec, Grid, VisionEmbedding, content_digest, unpack
 from common.errors import InvalidRequestError, UnavailableError
 from common.families import ImageGeometry
 from common.identity import EmbeddingNamespace
@@ -26,35 +29,51 @@ class EncoderClient(Protocol):
 
     async def describe(self) -> EmbeddingNamespace: ...
 
+    async def audit(self, item: MediaItem, namespace: str, digest: str) -> bool | None:
+        """Encodes again in idle time: is this the embedding's `content_digest()`? None: nothing can be said."""
+
 
 @dataclass(frozen=True, slots=True)
 class ImageRequest:
-    """An image whose header has been read: what to encode, the patch grid its size implies, where it was sent."""
+    """An image whose header has been read: what to encode, the patch grid its size implies, where it was sent.
+
+    With a `source`, `item` has no bytes: they are fetched from the media store when they are needed. The embedding of
+    a `pinned` one does not expire.
+    """
 
     item: MediaItem
     grid_thw: Grid
     field: str
+    source: Callable[[], Awaitable[bytes]] | None = None
+    pinned: bool = False
+
+    async def whole_item(self) -> MediaItem:
+        """With its bytes."""
+        return self.item if self.source is None else dataclasses.replace(self.item, data=await self.source())
 
 
 @dataclass(frozen=True, slots=True)
 class ImageFeatures:
-    """`source` is `local`, `redis` or `encoder`; `milliseconds` is how long this request waited for it."""
+    """`source` is `local`, `redis` or `encoder`; `wait_ms` is how long this request waited for it."""
 
     key: str
     embedding: VisionEmbedding
     source: str
-    milliseconds: float
+    wait_ms: float
 
 
 class FeatureSource:
     """Asks the cache first. Identical misses of this replica join into one call of the encoder."""
 
-    def __init__(self, encoder: EncoderClient, cache: EmbeddingCache, geometry: ImageGeometry) -> None:
+    def __init__(
+        self, encoder: EncoderClient, cache: EmbeddingCache, geometry: ImageGeometry, audit_fraction: float = 0.0
+    ) -> None:
         self._encoder = encoder
         self._cache = cache
         self._geometry = geometry
         self._in_flight: SingleFlight[ImageFeatures] = SingleFlight()
         self._namespace: EmbeddingNamespace | None = None
+        self._auditor = Auditor(encoder, cache, audit_fraction)
 
     async def namespace(self) -> EmbeddingNamespace:
         """What the encoder service says of its embeddings; asked once, and again when a reply differs."""
@@ -87,15 +106,18 @@ class FeatureSource:
                 raise type(result)(result.message, param=image.field, code=result.code) from result
             if isinstance(result, BaseException):
                 raise result
-        return [result for result in results if isinstance(result, ImageFeatures)]
+        found = [result for result in results if isinstance(result, ImageFeatures)]
+        for image, features in zip(images, found, strict=True):
+            self._count(image, features, namespace)
+        return found
 
     async def _encode(self, image: ImageRequest) -> ImageFeatures:
-        data = await self._encoder.encode(image.item)
+        data = await self._encoder.encode(await image.whole_item())
         for _ in range(2):
             namespace = await self.namespace()
             key = namespace.key(image.item.mm_hash, str(image.item.params))
             try:
-                embedding = unpack(data, key=key, spec=self._spec(image, namespace))
+                embedding = unpack(data, key=key, spec=self._spec(image, namespace), seal=self._cache.seal)
             except EmbeddingFormatError as exc:
                 logger.warning("the encoder's reply does not fit its namespace, asking again: %s", exc)
                 self._namespace = None  # an encoder with other weights may have been deployed
@@ -104,6 +126,45 @@ class FeatureSource:
             return ImageFeatures(key, embedding, "encoder", 0.0)
         raise UnavailableError("the encoder service gave an embedding that does not fit the image")
 
+    def _count(self, image: ImageRequest, features: ImageFeatures, namespace: EmbeddingNamespace) -> None:
+        tags = {"source": features.source, "tenant": namespace.tenant}
+        metrics.images.inc(tags=tags)
+        if features.source != "encoder":
+            metrics.encoder_seconds_saved.inc(features.embedding.encode_ms / 1000, tags=tags)
+            self._auditor.consider(image, str(namespace), features.embedding)
+
     def _spec(self, image: ImageRequest, namespace: EmbeddingNamespace) -> EmbeddingSpec:
         dtype = getattr(torch, namespace.dtype)
         return self._geometry.embedding_spec(image.grid_thw, dtype)
+
+
+class Auditor:
+    """Has a share of the embeddings that were found encoded again, one at a time, while the encoder is idle.
+
+    A mismatch means that the cache, the wire or a device changes bits, so nothing that is kept of the namespace is used
+    any more by this replica.
+    """
+
+    def __init__(self, encoder: EncoderClient, cache: EmbeddingCache, fraction: float) -> None:
+        self._encoder = encoder
+        self._cache = cache
+        self._fraction = fraction
+        self._running: asyncio.Task[None] | None = None
+
+    def consider(self, image: ImageRequest, namespace: str, embedding: VisionEmbedding) -> None:
+        """Returns at once. While an audit runs, no other one is begun."""
+        is_free = self._running is None or self._running.done()
+        if is_free and random.random() < self._fraction:
+            self._running = asyncio.create_task(self._audit(image, namespace, embedding))
+
+    async def _audit(self, image: ImageRequest, namespace: str, embedding: VisionEmbedding) -> None:
+        try:
+            digest = await asyncio.to_thread(content_digest, embedding)
+            is_right = await self._encoder.audit(await image.whole_item(), namespace, digest)
+        except Exception:  # nobody awaits this task, and requests go on without it
+            logger.exception("the audit of %s failed", image.item.mm_hash)
+            metrics.audits.inc(tags={"result": "failed"})
+            return
+        metrics.audits.inc(tags={"result": {True: "equal", False: "different", None: "skipped"}[is_right]})
+        if is_right is False:
+            self._cache.quarantine(namespace)

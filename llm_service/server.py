@@ -15,21 +15,22 @@ from transformers import GenerationConfig
 from common import metrics
 from common.cache import EmbeddingCache
 from common.checkpoint import checkpoint_directory, load_half, load_preprocessor_config
-from common.config import ModelConfig
+from common.config import CacheConfig, ModelConfig
 from common.errors import InvalidRequestError, ModelNotFoundError, UnavailableError
 from common.families import ImageGeometry, MropeRule
 from common.identity import system_fingerprint
-from common.media import MediaItem, MediaParams, image_header
-from llm_service.chat import ChatMessage, ImagePart, images_of
+from common.media import MediaParams
+from common.media_store import MediaStore, open_media_store
+from llm_service.answer_cache import Answer, AnswerCache, answer_key
+from llm_service.chat import ChatMessage, images_of
 from llm_service.config import EngineConfig
 from llm_service.detokenizer import IncrementalDetokenizer
 from llm_service.engine.async_engine import AsyncLLMEngine
 from llm_service.engine.engine import LLMEngine
 from llm_service.engine.request import FinishReason, MultiModalFeature, Request, RequestOutput, SamplingParams
 from llm_service.features import EncoderClient, FeatureSource, ImageFeatures, ImageRequest
+from llm_service.media import MediaLibrary
 from llm_service.prompt import EngineInput, PromptProcessor
-
-_LOW_DETAIL_SHARE = 4  # `detail: low` gives an image this fraction of the pixel budget
 
 
 class Engine(Protocol):
@@ -71,22 +72,33 @@ class GenerationOptions:
 
 @dataclass(frozen=True, slots=True)
 class ImageReceipt:
-    """What one image of a request cost: its digest, tokens, where its embedding came from, and the wait."""
+    """What one image of a request cost: its digest, tokens, where its embedding came from, and the wait.
+
+    `source` is `local`, `redis`, `encoder`, or `answer` when the whole answer was known and no embedding was needed.
+    `encode_ms` is what encoding it took, be it now or long ago.
+    """
 
     id: str
     tokens: int
     source: str
-    milliseconds: float
+    num_bytes: int = 0
+    encode_ms: float = 0.0
+    wait_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedRequest:
-    """A request that has passed every check and has its embeddings; only generation is left."""
+    """A request that has passed every check and has its embeddings; only generation is left.
+
+    With `known_answer` it has no embeddings and needs none. `answer_key` is None if the answer is not one to keep.
+    """
 
     request: Request
     stop: tuple[str, ...]
     receipts: list[ImageReceipt]
     fingerprint: str
+    answer_key: str | None = None
+    known_answer: Answer | None = None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -101,8 +113,18 @@ class LLMServer:
     """Owns the language half, its engine, and the front end that feeds it."""
 
     def __init__(
-        self, model: ModelConfig, engine_config: EngineConfig, cache: EmbeddingCache, encoder: EncoderClient
+        self,
+        model: ModelConfig,
+        engine_config: EngineConfig,
+        cache: EmbeddingCache,
+        encoder: EncoderClient,
+        media_store: MediaStore | None = None,
+        audit_fraction: float = 0.0,
+        answers: AnswerCache | None = None,
     ) -> None:
+        """Without a `media_store`, managed media stay in this process."""
+        if model.numerics != "exact" and (audit_fraction or answers is not None):
+            raise ValueError("cache.audit_fraction and cache.answer_cache_bytes need `exact` numerics")
         torch.set_num_threads(model.num_threads)
         directory = checkpoint_directory(model)
         half = load_half(model, "language")
@@ -120,14 +142,17 @@ class LLMServer:
         )
         self.max_model_len = engine.max_model_len
         self.limits = model.limits
-        self._params = MediaParams(
+        params = MediaParams(
             min_pixels=model.min_pixels or geometry.min_pixels, max_pixels=model.max_pixels or geometry.max_pixels
         )
-        self._geometry = geometry
         self._mrope_rule = mrope_rule
         self._language_weights = half.digest
         self._prompt = PromptProcessor(directory, half.config, geometry, mrope_rule, self.max_model_len)
-        self._features = FeatureSource(encoder, cache, geometry)
+        self._features = FeatureSource(encoder, cache, geometry, audit_fraction)
+        self._cache = cache
+        self._answers = answers
+        store = media_store if media_store is not None else open_media_store(CacheConfig())
+        self.media = MediaLibrary(store, self._features, cache, geometry, params, model.limits)
         self._defaults = generation_defaults(directory)
         self.engine: Engine = AsyncLLMEngine(engine)
         self.engine.start()
@@ -136,15 +161,28 @@ class LLMServer:
         self, messages: Sequence[ChatMessage], options: GenerationOptions, request_id: str
     ) -> PreparedRequest:
         """Everything before generation. All limits are checked before any image is sent to be encoded."""
-        images = [self._image_request(part) for part in images_of(messages)]
+        images = await self.media.resolve(images_of(messages))
         prompt = self._prompt(messages, [image.grid_thw for image in images])
         sampling_params = self._sampling_params(options, len(prompt.token_ids))
+        fingerprint = await self.fingerprint()
+        key = await self._answer_key(fingerprint, prompt, images, sampling_params, options.stop)
+        if (answer := await self._known_answer(key)) is not None:
+            receipts = [
+                ImageReceipt(image.item.mm_hash, placeholder.length, "answer")
+                for image, placeholder in zip(images, prompt.placeholders, strict=True)
+            ]
+            request = _engine_request(request_id, prompt, sampling_params, [])  # the engine never sees it
+            return PreparedRequest(request, options.stop, receipts, fingerprint, known_answer=answer)
         features = await self._features.get_many(images)
+        self.media.pin_again(images, features)
+        used_fingerprint = await self.fingerprint()
         return PreparedRequest(
-            request=_engine_request(request_id, prompt, features, sampling_params),
+            request=_engine_request(request_id, prompt, sampling_params, _mm_features(prompt, features)),
             stop=options.stop,
             receipts=[_receipt(image, found) for image, found in zip(images, features, strict=True)],
-            fingerprint=await self.fingerprint(),
+            fingerprint=used_fingerprint,
+            # an encoder with other weights may have answered
+            answer_key=key if used_fingerprint == fingerprint else None,
         )
 
     async def generate(self, prepared: PreparedRequest) -> AsyncGenerator[RequestOutput, None]:
@@ -152,7 +190,8 @@ class LLMServer:
         detokenizer = IncrementalDetokenizer(self._prompt.tokenizer, prepared.stop)
         started = time.perf_counter()
         first = True
-        async with contextlib.aclosing(self.engine.generate(prepared.request)) as outputs:
+        token_ids: list[int] = []
+        async with contextlib.aclosing(self._outputs(prepared)) as outputs:
             async for output in outputs:
                 if output.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
                     raise UnavailableError(f"the request ended early: {output.finish_reason}", code="request_aborted")
@@ -160,13 +199,23 @@ class LLMServer:
                     metrics.time_to_first_token_seconds.observe(time.perf_counter() - started)
                     first = False
                 metrics.generated_tokens.inc(len(output.token_ids))
+                token_ids += output.token_ids
                 text = detokenizer.add(output.token_ids)
                 if detokenizer.stopped:
-                    yield dataclasses.replace(output, text=text, finish_reason=FinishReason.STOP)
-                    return
-                if output.finish_reason is not None:
+                    output = dataclasses.replace(output, finish_reason=FinishReason.STOP)
+                elif output.finish_reason is not None:
                     text += detokenizer.flush()
+                if output.finish_reason is not None and self._answers is not None and prepared.answer_key is not None:
+                    self._answers.put(prepared.answer_key, Answer(token_ids, output.finish_reason))
                 yield dataclasses.replace(output, text=text)
+                if output.finish_reason is not None:
+                    return
+
+    def cache_report(self) -> dict[str, Any]:
+        """What this replica's caches hold and have saved, in JSON's types."""
+        names = ("fovea_images", "fovea_encoder_seconds_saved", "fovea_embedding", "fovea_audits", "fovea_answer")
+        counters = {name: value for name, value in metrics.snapshot().items() if name.startswith(names)}
+        return self._cache.report() | {"counters": counters}
 
     async def fingerprint(self) -> str:
         """Names everything an answer depends on besides the request."""
@@ -177,6 +226,38 @@ class LLMServer:
             versions=library_versions(),
         )
 
+    async def _outputs(self, prepared: PreparedRequest) -> AsyncGenerator[RequestOutput, None]:
+        """From the engine, or the answer that is known."""
+        if (answer := prepared.known_answer) is not None:
+            yield RequestOutput(prepared.request.request_id, answer.token_ids, finish_reason=answer.finish_reason)
+            return
+        async with contextlib.aclosing(self.engine.generate(prepared.request)) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def _answer_key(
+        self,
+        fingerprint: str,
+        prompt: EngineInput,
+        images: Sequence[ImageRequest],
+        sampling_params: SamplingParams,
+        stop: Sequence[str],
+    ) -> str | None:
+        """None unless answers are kept and this one would be the same again."""
+        if self._answers is None or sampling_params.temperature > 0:
+            return None
+        namespace = await self._features.namespace()
+        return answer_key(
+            fingerprint=fingerprint,
+            prompt_token_ids=prompt.token_ids,
+            sampling_params=sampling_params,
+            stop=stop,
+            image_keys=[namespace.key(image.item.mm_hash, str(image.item.params)) for image in images],
+        )
+
+    async def _known_answer(self, key: str | None) -> Answer | None:
+        return None if self._answers is None or key is None else await self._answers.get(key)
+
     def check_model(self, name: str) -> None:
         if name != self.model_name:
             raise ModelNotFoundError(
@@ -184,18 +265,6 @@ class LLMServer:
                 param="model",
                 code="model_not_found",
             )
-
-    def _image_request(self, part: ImagePart) -> ImageRequest:
-        params = self._params
-        if part.detail == "low":
-            smaller = max(params.min_pixels, params.max_pixels // _LOW_DETAIL_SHARE)
-            params = dataclasses.replace(params, max_pixels=smaller)
-        try:
-            header = image_header(part.data, self.limits)
-            grid = params.grid(self._geometry, header.height, header.width)
-        except InvalidRequestError as exc:
-            raise type(exc)(exc.message, param=part.field, code=exc.code) from exc
-        return ImageRequest(MediaItem.of(part.data, params), grid, part.field)
 
     def _sampling_params(self, options: GenerationOptions, num_prompt_tokens: int) -> SamplingParams:
         room = self.max_model_len - num_prompt_tokens
@@ -244,13 +313,19 @@ def end_tokens(directory: Path, config: Any) -> frozenset[int]:
     return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])
 
 
-def _engine_request(
-    request_id: str, prompt: EngineInput, features: Sequence[ImageFeatures], sampling_params: SamplingParams
-) -> Request:
-    mm_features = [
+def _mm_features(prompt: EngineInput, features: Sequence[ImageFeatures]) -> list[MultiModalFeature]:
+    return [
         MultiModalFeature(found.key, position, found.embedding)
         for found, position in zip(features, prompt.placeholders, strict=True)
     ]
+
+
+def _engine_request(
+    request_id: str,
+    prompt: EngineInput,
+    sampling_params: SamplingParams,
+    mm_features: list[MultiModalFeature],
+) -> Request:
     return Request(
         request_id=request_id,
         prompt_token_ids=prompt.token_ids,
@@ -262,4 +337,7 @@ def _engine_request(
 
 
 def _receipt(image: ImageRequest, found: ImageFeatures) -> ImageReceipt:
-    return ImageReceipt(image.item.mm_hash, found.embedding.num_tokens, found.source, found.milliseconds)
+    embedding = found.embedding
+    return ImageReceipt(
+        image.item.mm_hash, embedding.num_tokens, found.source, embedding.num_bytes, embedding.encode_ms, found.wait_ms
+    )

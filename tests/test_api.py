@@ -72,7 +72,7 @@ async def test_answer_has_the_shape_of_openai_and_receipts(sdk: openai.AsyncOpen
     assert first.usage.prompt_tokens_details.image_tokens == 6
     assert first.usage.total_tokens == first.usage.prompt_tokens + first.usage.completion_tokens
     assert [answer.usage.images[0]["source"] for answer in answers] == ["encoder", "local"]
-    assert all(answer.usage.images[0]["ms"] >= 0 for answer in answers)
+    assert all(answer.usage.images[0]["wait_ms"] >= 0 for answer in answers)
     assert first.system_fingerprint.startswith("fp_") and first.system_fingerprint == second.system_fingerprint
 
 

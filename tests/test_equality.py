@@ -217,7 +217,7 @@ async def test_embedding_under_the_wrong_key_is_encoded_again(services: Services
     right, wrong = picture(112, 112, 10), picture(112, 112, 11)
     prepared = [await services.prepare("What?", [image]) for image in (right, wrong)]
     key = prepared[0].request.mm_features[0].key
-    item = MediaItem.of(wrong, services.llm._params)
+    item = MediaItem.of(wrong, services.llm.media.params)
     services.cache.put(key, await services.encoder.encode(item))
     again = await services.prepare("What?", [right])
     assert [receipt.source for receipt in again.receipts] == ["encoder"]
@@ -225,7 +225,7 @@ async def test_embedding_under_the_wrong_key_is_encoded_again(services: Services
 
 
 async def test_packed_reply_is_the_embedding(services: Services) -> None:
-    item = MediaItem.of(picture(70, 90, 12), services.llm._params)
+    item = MediaItem.of(picture(70, 90, 12), services.llm.media.params)
     key = (await services.encoder.describe()).key(item.mm_hash, str(item.params))
     embedding = unpack(await services.encoder.encode(item), key=key)
     assert isinstance(embedding, VisionEmbedding)

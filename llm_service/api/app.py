@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common import metrics
 from common.errors import InvalidRequestError, PayloadTooLargeError, ServingError
-from llm_service.api import chat_completions
+from llm_service.api import chat_completions, media
 from llm_service.api.stream import error_body
 from llm_service.server import LLMServer
 
@@ -21,10 +21,16 @@ MAX_BODY_BYTES = 32 * 1024**2
 RETRY_AFTER_S = "1"
 
 
-def create_app(server: LLMServer) -> FastAPI:
-    """The whole HTTP surface in front of a server; anything with LLMServer's methods will do in tests."""
+def create_app(server: LLMServer, *, admin_api: bool = False) -> FastAPI:
+    """The whole HTTP surface in front of a server; anything with LLMServer's methods will do in tests.
+
+    `admin_api` adds /v1/cache, which is for callers who may purge and import embeddings.
+    """
     app = FastAPI(title="Fovea", summary="Vision-language models, served in two halves")
     app.include_router(chat_completions.create_router(server))
+    app.include_router(media.create_router(server.media))
+    if admin_api:
+        app.include_router(media.create_admin_router(server))
     app.include_router(_status_router(server))
     app.add_exception_handler(ServingError, _on_serving_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
@@ -97,6 +103,7 @@ def _status_router(server: LLMServer) -> APIRouter:
             "system_fingerprint": await server.fingerprint(),
             "running": server.engine.num_running,
             "waiting": server.engine.num_waiting,
+            "quarantined": server.cache_report()["quarantined"],
         }
 
     return router

@@ -15,7 +15,7 @@ from common import metrics
 from common.errors import InvalidRequestError
 from llm_service.api.stream import HEADERS, Stream
 from llm_service.chat import parse_messages
-from llm_service.engine.request import FinishReason
+from llm_service.engine.request import FinishReason, RequestOutput
 from llm_service.server import GenerationOptions, LLMServer, PreparedRequest
 
 IGNORED_FIELDS_HEADER = "x-fovea-ignored-fields"
@@ -133,10 +133,12 @@ def create_router(server: LLMServer) -> APIRouter:
             metrics.ignored_fields.inc(len(ignored))
             headers[IGNORED_FIELDS_HEADER] = ", ".join(_UNSAFE.sub("?", name[:64]) for name in ignored[:32])
         if not body.stream:
-            return JSONResponse(await completion.whole(), headers=headers)
+            answer = await completion.whole()
+            return JSONResponse(answer, headers=headers | completion.server_timing())
         stream = Stream(completion.chunks())
         await stream.wait_for_first()
-        return StreamingResponse(stream.events(), media_type="text/event-stream", headers=headers | HEADERS)
+        headers |= HEADERS | completion.server_timing()  # what is known by now
+        return StreamingResponse(stream.events(), media_type="text/event-stream", headers=headers)
 
     return router
 
@@ -155,6 +157,8 @@ class ChatCompletion:
         self._server = server
         self._body = body
         self._common = {"id": self.id, "created": int(time.time()), "model": body.model}
+        self._started = time.perf_counter()
+        self._durations_ms: dict[str, float] = {}
 
     async def whole(self) -> dict[str, Any]:
         """The response body of a request that does not stream."""
@@ -164,6 +168,7 @@ class ChatCompletion:
         finish_reason = None
         async with contextlib.aclosing(self._server.generate(prepared)) as outputs:
             async for output in outputs:
+                self._note_first_token(output)
                 text.append(output.text)
                 num_tokens += len(output.token_ids)
                 num_cached_tokens = output.num_cached_tokens
@@ -185,6 +190,7 @@ class ChatCompletion:
         delta: dict[str, Any] = {"role": "assistant", "content": ""}
         async with contextlib.aclosing(self._server.generate(prepared)) as outputs:
             async for output in outputs:
+                self._note_first_token(output)
                 num_tokens += len(output.token_ids)
                 num_cached_tokens = output.num_cached_tokens
                 delta["content"] = delta.get("content", "") + output.text
@@ -196,9 +202,24 @@ class ChatCompletion:
             last = self._chunk(prepared, [], include_usage)
             yield last | {"usage": usage(prepared, num_tokens, num_cached_tokens)}
 
+    def server_timing(self) -> dict[str, str]:
+        """The header of that name: the longest waits for the cache and for the encoder, queue and prefill, and all."""
+        durations = self._durations_ms | {"total": (time.perf_counter() - self._started) * 1000}
+        return {"server-timing": ", ".join(f"{name};dur={ms:.1f}" for name, ms in durations.items())}
+
     async def _prepare(self) -> PreparedRequest:
         messages = parse_messages(self._body.messages, self._server.limits)
-        return await self._server.prepare(messages, self._body.options(), self.id)
+        prepared = await self._server.prepare(messages, self._body.options(), self.id)
+        for image in prepared.receipts:
+            name = "encode" if image.source == "encoder" else "cache"
+            self._durations_ms[name] = max(image.wait_ms, self._durations_ms.get(name, 0.0))
+        self._prepared_at = time.perf_counter()
+        return prepared
+
+    def _note_first_token(self, output: RequestOutput) -> None:
+        """From the prepared request to its first token: the queue and the prefill."""
+        if output.token_ids:
+            self._durations_ms.setdefault("prefill", (time.perf_counter() - self._prepared_at) * 1000)
 
     def _chunk(self, prepared: PreparedRequest, choices: list[dict[str, Any]], with_usage: bool) -> dict[str, Any]:
         chunk = self._common | {
@@ -210,8 +231,11 @@ class ChatCompletion:
 
 
 def usage(prepared: PreparedRequest, num_tokens: int, num_cached_tokens: int) -> dict[str, Any]:
-    """OpenAI's usage, and in `images` where each embedding came from and how long the request waited for it."""
-    return {
+    """OpenAI's usage; in `images`, where each embedding came from, what it cost and how long the request waited for it;
+    and `answer_source` if the answer itself is one that was given before.
+    """
+    answer_source = {"answer_source": "cache"} if prepared.known_answer is not None else {}
+    return answer_source | {
         "prompt_tokens": prepared.num_prompt_tokens,
         "completion_tokens": num_tokens,
         "total_tokens": prepared.num_prompt_tokens + num_tokens,
@@ -221,7 +245,14 @@ def usage(prepared: PreparedRequest, num_tokens: int, num_cached_tokens: int) ->
             "text_tokens": prepared.num_prompt_tokens - prepared.num_image_tokens,
         },
         "images": [
-            {"id": image.id, "tokens": image.tokens, "source": image.source, "ms": round(image.milliseconds, 3)}
+            {
+                "id": image.id,
+                "tokens": image.tokens,
+                "source": image.source,
+                "bytes": image.num_bytes,
+                "encode_ms": round(image.encode_ms, 3),
+                "wait_ms": round(image.wait_ms, 3),
+            }
             for image in prepared.receipts
         ],
     }

@@ -1,4 +1,5 @@
 import asyncio
+import random
 from collections.abc import Callable
 
 import pytest
@@ -20,6 +21,7 @@ class DictTier:
     def __init__(self) -> None:
         self.values: dict[str, bytes] = {}
         self.num_gets = 0
+        self.holders: dict[str, str] = {}
         self.closed = False
 
     async def get(self, key: str, max_bytes: int) -> bytes | None:
@@ -32,6 +34,14 @@ class DictTier:
 
     def discard(self, key: str) -> None:
         self.values.pop(key, None)
+
+    def record_encode(self, num_bytes: int, seconds: float) -> None: ...
+
+    async def lease(self, key: str, holder: str, seconds: float, max_bytes: int) -> bool:
+        return self.holders.setdefault(key, holder) == holder
+
+    def stats(self) -> dict[str, int]:
+        return {"num_gets": self.num_gets}
 
     async def aclose(self) -> None:
         self.closed = True
@@ -199,6 +209,135 @@ def test_the_local_tier_forgets_the_least_recently_used() -> None:
     assert tier.num_bytes == 25
 
 
+def entry(num_bytes: int, encode_ms: float = 0.0) -> Entry:
+    features = torch.empty(0, 8)
+    return Entry(bytes(num_bytes), VisionEmbedding({"features": features}, (1, 2, 2), encode_ms=encode_ms))
+
+
+def kept(tier: LocalTier) -> set[str]:
+    return set(tier)
+
+
+def test_the_local_tier_keeps_what_was_dear_to_encode() -> None:
+    tier = LocalTier(20)
+    tier.put("dear", entry(10, encode_ms=500))
+    for index in range(3):
+        tier.put(f"cheap {index}", entry(10, encode_ms=5))
+    assert kept(tier) == {"dear", "cheap 2"}
+
+
+def test_the_local_tier_keeps_the_small_before_the_large_of_equal_cost() -> None:
+    tier = LocalTier(20)
+    tier.put("small", entry(5, encode_ms=100))
+    tier.put("large", entry(15, encode_ms=100))
+    tier.put("new", entry(10, encode_ms=100))
+    assert kept(tier) == {"small", "new"}
+
+
+def test_the_local_tier_keeps_what_is_used_often() -> None:
+    tier = LocalTier(20)
+    tier.put("often", entry(10, encode_ms=10))
+    for _ in range(3):
+        tier.get("often")
+    for index in range(3):
+        tier.put(f"once {index}", entry(10, encode_ms=25))
+    assert kept(tier) == {"often", "once 2"}
+
+
+def test_a_newcomer_worth_less_than_what_would_leave_for_it_is_not_admitted() -> None:
+    tier = LocalTier(20)
+    for key in "ab":
+        tier.put(key, entry(10, encode_ms=100))
+    tier.put("cheap and large", entry(20, encode_ms=1))
+    assert kept(tier) == {"a", "b"}
+
+
+def test_what_comes_back_weighs_more_than_what_comes_once() -> None:
+    tier = LocalTier(10)
+    for index in range(3):
+        tier.put("again", entry(10, encode_ms=10))
+        tier.put(f"once {index}", entry(10, encode_ms=10))
+    assert kept(tier) == {"again"}
+
+
+def test_what_was_dear_long_ago_leaves_in_the_end() -> None:
+    tier = LocalTier(20)
+    tier.put("dear", entry(10, encode_ms=500))
+    for index in range(200):
+        tier.put(str(index), entry(10, encode_ms=10))
+    assert "dear" not in kept(tier)
+
+
+def test_an_entry_of_unknown_cost_counts_as_the_others_do() -> None:
+    tier = LocalTier(30)
+    tier.put("dear", entry(10, encode_ms=90))
+    tier.put("cheap", entry(10, encode_ms=10))
+    tier.put("unknown", entry(10))
+    tier.put("new", entry(10, encode_ms=50))
+    assert kept(tier) == {"dear", "unknown", "new"}
+
+
+def test_the_local_tier_evicts_as_a_search_for_the_lowest_priority_would() -> None:
+    rng = random.Random(0)
+    tier, age = LocalTier(400), 0.0
+    model: dict[str, list[float]] = {}  # size, cost, uses, priority, order
+    past_uses: dict[str, float] = {}
+    for step in range(5000):
+        key = str(rng.randint(0, 60))
+        if rng.random() < 0.05:
+            tier.discard(key)
+            model.pop(key, None)
+        elif tier.get(key) is not None:
+            size, cost, uses, _, order = model[key]
+            model[key] = [size, cost, uses + 1, age + (uses + 1) * cost / size, order]
+        else:
+            size, cost = rng.randint(5, 100), rng.uniform(1, 100)
+            tier.put(key, entry(size, encode_ms=cost))
+            uses = past_uses.pop(key, 0) + 1
+            model[key] = [size, cost, uses, age + uses * cost / size, step]
+            while sum(found[0] for found in model.values()) > 400:
+                lowest = min(model, key=lambda name: (model[name][3], model[name][4]))
+                _, _, past_uses[lowest], age, _ = model.pop(lowest)
+        assert kept(tier) == model.keys()
+        assert tier.num_bytes == sum(found[0] for found in model.values())
+
+
+def test_entries_that_come_and_go_leave_nothing_behind() -> None:
+    tier = LocalTier(100)
+    for index in range(10_000):
+        tier.put(str(index % 3), entry(10, encode_ms=1))
+        tier.discard(str(index % 2))
+    assert len(tier._heap) < 200
+
+
+async def test_a_quarantined_namespace_is_a_miss_in_every_tier_and_is_not_written(
+    cache: TieredCache, remote: DictTier, embedding: VisionEmbedding, spec: EmbeddingSpec, counted: Counted
+) -> None:
+    for key in ("bad:1:p", "good:1:p"):
+        cache.put(key, pack(embedding, key=key))
+
+    cache.quarantine("bad")
+
+    wanted = dict.fromkeys(("bad:1:p", "good:1:p"), spec)
+    assert (await cache.get_many(wanted)).keys() == {"good:1:p"}
+    cache.put("bad:2:p", pack(embedding, key="bad:2:p"))
+    assert await cache.get_many({"bad:2:p": spec}) == {}
+    assert "bad:2:p" not in remote.values
+    assert cache.report()["quarantined"] == ["bad"]
+    assert counted("fovea_embedding_namespaces_quarantined_total") == 1
+
+
+async def test_the_report_says_what_more_memory_would_bring(embedding: VisionEmbedding, spec: EmbeddingSpec) -> None:
+    cache = TieredCache(LocalTier(1024), None)  # five frames of 192 bytes and their headers fill it three times over
+    for index in range(1000):
+        key = str(index % 15)
+        if not await cache.get_many({key: spec}):
+            cache.put(key, pack(embedding, key=key))
+    ratios = [point["miss_ratio"] for point in cache.report()["miss_ratio_curve"]]
+    assert ratios[0] == 1.0
+    assert ratios[-1] == pytest.approx(0.015, abs=0.001)
+
+
 def test_the_local_tier_counts_a_replaced_entry_once() -> None:
     tier = LocalTier(30)
     for size in (10, 20, 5):
@@ -212,6 +351,31 @@ def test_an_entry_larger_than_the_local_tier_is_not_kept() -> None:
     tier.put("a", Entry(bytes(31), None))
     assert tier.get("a") is None
     assert tier.num_bytes == 0
+
+
+async def test_claim_of_another_process_is_waited_for_until_its_entry_is_there(
+    cache: TieredCache, remote: DictTier, embedding: VisionEmbedding, spec: EmbeddingSpec
+) -> None:
+    other = TieredCache(LocalTier(1024**2), remote)
+    assert await cache.claim("k", spec, "a")
+    assert await cache.claim("k", spec, "a")
+    assert not await other.claim("k", spec, "b")
+    waiting = asyncio.create_task(other.wait_for("k", spec, "b"))
+    await asyncio.sleep(0.1)
+    assert not waiting.done()
+    cache.put("k", pack(embedding, key="k"))
+    hit = await waiting
+    assert hit is not None and hit.tier == "redis"
+
+
+async def test_claim_of_a_dead_process_ends_by_itself(
+    cache: TieredCache, remote: DictTier, spec: EmbeddingSpec
+) -> None:
+    remote.holders["k"] = "dead"
+    waiting = asyncio.create_task(cache.wait_for("k", spec, "b"))
+    await asyncio.sleep(0.1)
+    del remote.holders["k"]
+    assert await waiting is None
 
 
 class Work:

@@ -1,22 +1,30 @@
 import random
 import resource
 import struct
+import tracemalloc
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgpack
+import numpy as np
 import pytest
 import torch
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import SecretStr
 
+from common.config import CacheConfig
 from common.embedding import (
+    CHECKSUM,
     WIRE_VERSION,
     EmbeddingFormatError,
     EmbeddingSpec,
+    Seal,
     VisionEmbedding,
+    keyed_seal,
     pack,
+    pack_parts,
     unpack,
 )
 
@@ -27,20 +35,22 @@ HEADER: Mapping[str, Any] = {
     "tensors": [["features", "float32", [6, 8]]],
     "producer": "",
     "created": 0.0,
+    "encode_ms": 0.0,
 }
+HEADER_SPEC = EmbeddingSpec(grid_thw=(1, 4, 6), shapes={"features": (6, 8)}, dtype=torch.float32)
 
 
 def frame(header: bytes, payload: bytes = bytes(6 * 8 * 4), *, version: int = WIRE_VERSION) -> bytes:
     """A frame whose prefix and checksum are right, whatever its header says."""
     body = header + bytes(-(36 + len(header)) % 64) + payload
     prefix = struct.pack("<4sHHIQ", b"FVEA", version, 0, len(header), 36 + len(body))
-    return prefix + xxhash.xxh3_128_digest(body) + body
+    return prefix + xxhash.xxh3_128_digest(prefix + body) + body
 
 
-def is_refused(data: bytes, *, key: str = "k", spec: EmbeddingSpec | None = None) -> bool:
+def is_refused(data: bytes, *, key: str = "k", spec: EmbeddingSpec | None = None, seal: Seal = CHECKSUM) -> bool:
     """Whether unpack() raises EmbeddingFormatError; any other exception is the test's failure."""
     try:
-        unpack(data, key=key, spec=spec)
+        unpack(data, key=key, spec=spec, seal=seal)
     except EmbeddingFormatError:
         return True
     return False
@@ -105,6 +115,50 @@ def test_an_entry_of_another_key_is_refused(embedding: VisionEmbedding) -> None:
     frames = {key: pack(embedding, key=key) for key in keys}
     for key in keys:
         assert [is_refused(frames[other], key=key) for other in keys] == [other != key for other in keys]
+
+
+def test_packing_and_unpacking_copy_no_payload() -> None:
+    features = torch.zeros(1024, 1024)
+    frame = pack(VisionEmbedding({"features": features}, (1, 64, 64)), key="k")
+    tracemalloc.start()
+    parts = pack_parts(VisionEmbedding({"features": features}, (1, 64, 64)), key="k")
+    unpacked = unpack(frame, key="k")
+    _, allocated = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert allocated < features.nbytes // 8  # msgpack's own buffer is 256 KiB
+    assert np.frombuffer(parts[-1], np.uint8).ctypes.data == features.data_ptr()
+    start = np.frombuffer(frame, np.uint8).ctypes.data
+    assert start < unpacked.features.data_ptr() < start + len(frame)
+
+
+def test_a_sealed_frame_opens_with_its_secret_only(embedding: VisionEmbedding) -> None:
+    ours, theirs = keyed_seal("a secret of ours"), keyed_seal("a secret of theirs")
+    data = pack(embedding, key="k", seal=ours)
+    assert torch.equal(unpack(data, key="k", seal=ours).features, embedding.features)
+    assert is_refused(data, seal=theirs)
+    assert is_refused(data)
+
+
+def test_a_frame_without_a_seal_is_refused_where_there_is_a_secret(embedding: VisionEmbedding) -> None:
+    data = bytearray(pack(embedding, key="k"))
+    assert is_refused(bytes(data), seal=keyed_seal("a secret"))
+    data[6] = keyed_seal("a secret").number
+    assert is_refused(bytes(data), seal=keyed_seal("a secret"))
+
+
+def test_every_changed_byte_of_a_sealed_frame_is_refused(embedding: VisionEmbedding) -> None:
+    seal = keyed_seal("a secret")
+    data = pack(embedding, key="k", seal=seal)
+    for position in range(len(data)):
+        damaged = bytearray(data)
+        damaged[position] ^= 1
+        assert is_refused(bytes(damaged), seal=seal), f"byte {position}"
+
+
+def test_a_secret_is_not_shown() -> None:
+    config = CacheConfig(secret=SecretStr("a secret of a service"))
+    assert "a secret" not in repr(config) + str(config.model_dump()) + config.model_dump_json()
+    assert "a secret" not in repr(keyed_seal("a secret"))
 
 
 def test_a_frame_of_another_version_is_refused() -> None:
@@ -196,7 +250,7 @@ anything = st.recursive(
 @given(st.sampled_from(["key", "grid_thw", "tensors"]), anything)
 def test_whatever_a_header_holds_is_refused(field: str, value: object) -> None:
     if value != HEADER[field]:
-        assert is_refused(frame(msgpack.packb({**HEADER, field: value})))
+        assert is_refused(frame(msgpack.packb({**HEADER, field: value})), spec=HEADER_SPEC)
 
 
 @settings(max_examples=300, deadline=None)

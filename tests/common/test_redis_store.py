@@ -8,18 +8,23 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
 import redis
+from pydantic import SecretStr
 
 from common.cache import LocalTier, TieredCache
 from common.config import MIB, CacheConfig
 from common.embedding import EmbeddingSpec, VisionEmbedding, pack
 from common.local_redis import LocalRedis
 from common.redis_store import CircuitBreaker, RedisTier, open_cache
+from deploy.bench.faults import FaultProxy
 
 GET_ERRORS = 'fovea_redis_errors_total{operation="get"}'
 DROPPED = "fovea_redis_dropped_writes_total"
+SLOW = 'fovea_redis_skipped_reads_total{reason="slow"}'
 
 Counted = Callable[[str], float]
 
@@ -52,6 +57,16 @@ async def seconds(action: Awaitable[object]) -> float:
     started = time.perf_counter()
     await action
     return time.perf_counter() - started
+
+
+def socket_of(server: LocalRedis) -> Path:
+    return Path(unquote(urlsplit(server.url).path))
+
+
+def at_port(server: LocalRedis, port: int) -> str:
+    """The URL of `server` by way of a proxy."""
+    parts = urlsplit(server.url)
+    return f"redis://{parts.username}:{parts.password}@127.0.0.1:{port}"
 
 
 def stored(client: redis.Redis, key: str) -> object:
@@ -192,6 +207,59 @@ class TestWithAServer:
         assert (await decoder.get_many({"shared": spec}))["shared"].tier == "redis"
         await decoder.aclose()
 
+    async def test_a_cache_with_another_secret_has_nothing(
+        self, local_redis: LocalRedis, embedding: VisionEmbedding, spec: EmbeddingSpec
+    ) -> None:
+        secrets = [SecretStr("a secret of ours"), SecretStr("a secret of ours"), SecretStr("a secret of theirs"), None]
+        caches = [open_cache(CacheConfig(redis_url=local_redis.url, secret=secret)) for secret in secrets]
+        caches[0].put("sealed", pack(embedding, key="sealed", seal=caches[0].seal))
+        await caches[0].aclose()
+        assert [bool(await cache.get_many({"sealed": spec})) for cache in caches[1:]] == [True, False, False]
+        for cache in caches[1:]:
+            await cache.aclose()
+
+    async def test_a_pinned_entry_does_not_expire(self, tier: RedisTier, client: redis.Redis) -> None:
+        tier.put("pinned", b"value")
+        await eventually(lambda: tier.get("pinned", 100))
+        assert await tier.pin("pinned")
+        assert await tier.pin("pinned")
+        assert client.persist("fovea:pinned") == 0
+        assert not await tier.pin("absent")
+
+    async def test_keys_are_those_of_embeddings(self, tier: RedisTier, client: redis.Redis) -> None:
+        keys = [f"{n:064x}:{n:064x}:max_pixels=1" for n in range(1500)]
+        for key in keys:
+            client.set(f"fovea:{key}", b"value", px=60_000)
+        client.set("fovea:something-else", b"value", px=60_000)
+        assert await tier.keys() == keys
+
+    async def test_a_store_slower_than_encoding_is_skipped_until_it_is_fast_again(
+        self, local_redis: LocalRedis, monkeypatch: pytest.MonkeyPatch, counted: Counted
+    ) -> None:
+        monkeypatch.setattr("common.redis_store._PROBE_INTERVAL_S", 0.01)
+        with FaultProxy(socket_of(local_redis), latency_s=0.05, bytes_per_s=0) as proxy:
+            tier = RedisTier(CacheConfig(), at_port(local_redis, proxy.port))
+            tier.put("k", bytes(1000))
+            await eventually(lambda: tier.get("k", 1000))
+            tier.record_encode(1000, 0.01)
+            assert await tier.get("k", 1000) is None
+            assert counted(SLOW) == 1
+
+            proxy.latency_s = 0.0
+            await eventually(lambda: tier.get("k", 1000))
+            await tier.aclose()
+
+    async def test_a_large_value_over_a_slow_line_costs_one_time_limit_and_then_nothing(
+        self, local_redis: LocalRedis, client: redis.Redis
+    ) -> None:
+        client.set("fovea:large", bytes(4 * MIB), px=60_000)
+        with FaultProxy(socket_of(local_redis), latency_s=0.0, bytes_per_s=1e6) as proxy:
+            tier = RedisTier(CacheConfig(), at_port(local_redis, proxy.port))
+            tier.record_encode(4 * MIB, 0.03)
+            assert 0.1 < await seconds(tier.get("large", 4 * MIB)) < 0.4  # whole, it would take 4 s
+            assert min([await seconds(tier.get("large", 4 * MIB)) for _ in range(3)]) < 0.01
+            await tier.aclose()
+
     async def test_a_damaged_value_in_redis_is_a_miss_and_is_overwritten(
         self,
         tier: RedisTier,
@@ -262,9 +330,27 @@ async def test_a_hung_server_costs_its_time_limit_and_then_nothing(silent: str, 
     await tier.aclose()
 
 
-async def test_many_values_of_a_hung_server_cost_two_time_limits(silent: str) -> None:
+async def test_a_request_never_waits_for_the_probe_of_an_open_breaker(
+    silent: str, monkeypatch: pytest.MonkeyPatch, counted: Counted
+) -> None:
+    monkeypatch.setattr("common.redis_store._PROBE_INTERVAL_S", 0.0)
     tier = RedisTier(CacheConfig(), silent)
-    assert await seconds(asyncio.gather(*(tier.get(f"k{n}", MIB) for n in range(50)))) < 1.0
+    tier._breaker = CircuitBreaker(cooldown_s=0.01)
+    for _ in range(5):
+        await tier.get("k", MIB)
+    waits = []
+    for _ in range(20):
+        waits.append(await seconds(tier.get("k", MIB)))
+        await asyncio.sleep(0.02)
+    assert sum(wait < 0.02 for wait in waits) >= 18
+    assert counted(GET_ERRORS) > 5
+    assert counted('fovea_redis_skipped_reads_total{reason="breaker"}') == 20
+    await tier.aclose()
+
+
+async def test_many_values_of_a_hung_server_cost_one_time_limit(silent: str) -> None:
+    tier = RedisTier(CacheConfig(), silent)
+    assert await seconds(asyncio.gather(*(tier.get(f"k{n}", MIB) for n in range(50)))) < 0.5
     await tier.aclose()
 
 
@@ -324,7 +410,19 @@ async def test_a_url_with_or_without_user_and_tls_is_understood(refused: str, pr
     await tier.aclose()
 
 
-@pytest.mark.parametrize("url", ["http://localhost", "localhost:6379", "redis://localhost?db=x"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://localhost",
+        "localhost:6379",
+        "redis://localhost?db=x",
+        "redis://localhost?max_connections=5",
+        "redis://localhost?ssl_ca_certs=ca.pem",
+        "rediss://localhost?ssl_cert_reqs=optional",
+        "redis+cluster://localhost/3",
+        "unix+cluster:///redis.sock",
+    ],
+)
 def test_a_url_that_is_not_of_redis_is_refused(url: str) -> None:
     with pytest.raises(ValueError):
         RedisTier(CacheConfig(), url)

