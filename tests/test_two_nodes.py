@@ -48,7 +48,7 @@ def application(checkpoint: Path, redis_url: str | None) -> dict[str, object]:
 
 def test_start_without_a_redis_url_is_refused_with_one_sentence(cluster: Cluster, tiny_checkpoint: Path) -> None:
     with (
-        pytest.raises(service.ServiceError, match="on several nodes embeddings are shared .* set cache.redis_url"),
+        pytest.raises(service.ServiceError, match=r"on several nodes embeddings are shared .* set cache.redis_url"),
         service.running_service(application(tiny_checkpoint, None), print),
     ):
         pass
