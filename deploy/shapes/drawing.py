@@ -34,7 +34,7 @@ def draw(shapes: Tensor, backgrounds: Tensor, palette: Tensor, height: int, widt
 
 
 def covered(shape: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """bool [P, H, W]: whether the points of a grid with columns `x` [1, W] and rows `y` [H, 1] are inside `shape` [P, 5]."""
+    """bool [P, H, W]: which points of a grid, columns `x` [1, W] and rows `y` [H, 1], `shape` [P, 5] covers."""
     kind, _, centre_x, centre_y, radius = (value[:, None, None] for value in shape.unbind(-1))
     scale = 1.0 / radius.clamp(min=1e-3)
     dx, dy = (x - centre_x) * scale, (y - centre_y) * scale
