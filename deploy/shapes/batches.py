@@ -1,9 +1,9 @@
 """Training batches: pictures and questions about them, laid out as chats, as tensors. No device is needed.
 
 Batch `i` of a namespace depends on `i` alone, so a run can stop, resume, and use any number of workers. To ask several
-questions about pictures that are drawn and encoded once, a row holds one shared beginning (system message, pictures) and
-then independent blocks of question and answer: a block sees the beginning and itself, and its positions continue the
-beginning, so each is computed as the single-turn chat it stands for.
+questions about pictures that are drawn and encoded once, a row holds one shared beginning (system message, pictures)
+and then independent blocks of question and answer. A block sees the beginning and itself, and its positions continue
+the beginning, so each is computed as the single-turn chat it stands for.
 
 Shapes: B rows, L tokens in a row, P pictures of a group, K shapes of a picture, N predicted tokens.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from random import Random
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -20,7 +20,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common.families import Grid, VisionItem, mrope_positions, num_image_tokens
+from common.embedding import Grid
+from common.families import VisionItem, mrope_positions, num_image_tokens
 from deploy.shapes.model import MROPE_RULE
 from deploy.shapes.questions import FORM_CATEGORIES, LANGUAGES, LEXICONS, Question, ask
 from deploy.shapes.scenes import (
@@ -46,22 +47,24 @@ IMAGE_PAD, VIDEO_PAD, PADDING = TOKEN_IDS["<|image_pad|>"], TOKEN_IDS["<|video_p
 MAX_ROWS = 256
 MAX_VISION_TOKENS = 16384  # of a batch
 MAX_CLIP_SIDE = 448
-STEPS_PER_SHAPE = 600
+MIN_FRAMES, MAX_FRAMES = 4, 6
+STEPS_PER_SHAPE = 800
+FIRST_STEPS = 3000  # with more single pictures, from which the rest is learned faster
 
 # `blocks`: pictures, then independent questions. `text_first`: the question, then the pictures. `dialogue`: one
 # conversation of several turns about one picture. `new_picture`: another picture comes in the second turn.
 Layout = Literal["blocks", "text_first", "dialogue", "new_picture"]
 MIXTURE: dict[tuple[Form, Layout], float] = {
-    ("image", "blocks"): 0.40,
-    ("image", "text_first"): 0.08,
-    ("image", "dialogue"): 0.05,
-    ("image", "new_picture"): 0.05,
-    ("images", "blocks"): 0.18,
+    ("image", "blocks"): 0.44,
+    ("image", "text_first"): 0.06,
+    ("image", "dialogue"): 0.03,
+    ("image", "new_picture"): 0.04,
+    ("images", "blocks"): 0.19,
     ("images", "text_first"): 0.03,
     ("frames", "blocks"): 0.08,
-    ("frames", "text_first"): 0.02,
-    ("video", "blocks"): 0.08,
-    ("video", "text_first"): 0.02,
+    ("frames", "text_first"): 0.015,
+    ("video", "blocks"): 0.09,
+    ("video", "text_first"): 0.015,
     ("video", "dialogue"): 0.01,
 }
 QUESTIONS_PER_ROW: dict[Layout, int] = {"blocks": 6, "text_first": 1, "dialogue": 4, "new_picture": 4}
@@ -72,7 +75,7 @@ IMAGE_CATEGORIES: dict[str, float] = {
     "exists": 1.5,
     "where": 3.5,
     "size": 5.0,
-    "describe": 2.5,
+    "describe": 4.0,
 }
 
 
@@ -103,18 +106,18 @@ class Batch:
     labels: Tensor  # int16 [N]
     weights: Tensor  # float32 [N], sums to 1
     question_of: Tensor  # int16 [N], index into `questions`
-    questions: list[tuple[Form, Question]]
+    questions: list[tuple[str, Question]]  # with the form, or the name of what it validates
 
-    def packed(self) -> Self:
+    def packed(self) -> "Batch":
         """With numpy arrays, which travel between processes as plain bytes. A tensor would be handed over as an open
         file, and those dozens of small negotiations take longer than a training step."""
         return with_arrays(self, lambda tensor: tensor.numpy())
 
-    def pin_memory(self) -> Self:
+    def pin_memory(self) -> "Batch":
         """For DataLoader: unpacked and page-locked, so that the copy to the device does not make the host wait."""
         return with_arrays(self, lambda array: torch.as_tensor(array).pin_memory())
 
-    def to(self, device: torch.device) -> Self:
+    def to(self, device: torch.device) -> "Batch":
         """Unpacked on the device, integers as int64."""
 
         def move(array: Any) -> Tensor:
@@ -153,6 +156,8 @@ class Batches(Dataset[Batch]):
             raise IndexError(index)
         rng = Random(f"{self.namespace}-{self.start + index}")
         form, layout = rng.choices(list(MIXTURE), list(MIXTURE.values()))[0]
+        if self.start + index < FIRST_STEPS and rng.random() < 0.5:
+            form, layout = "image", "blocks"
         batch = sample_batch(rng, form, layout, self.max_rows, max_shapes(self.start + index))
         return replace(batch, questions=[]).packed()  # training needs the tokens of the questions only
 
@@ -160,13 +165,13 @@ class Batches(Dataset[Batch]):
 def max_shapes(number: int) -> int:
     """How many shapes the pictures of batch `number` have at most: one at first, then more and more.
 
-    One shape alone teaches what the kinds and colours look like; with six from the start the answers hang on which
-    shape is meant, and nothing was learned about kinds in 8,000 steps.
+    One shape alone teaches what the kinds and colours look like; with many from the start the answers hang on which
+    shape is meant.
     """
     return min(MAX_SHAPES, 1 + number // STEPS_PER_SHAPE)
 
 
-def unchanged(batch: Batch) -> Batch:
+def unchanged(batch: Any) -> Any:
     """For DataLoader, which otherwise makes tensors of all arrays."""
     return batch
 
@@ -212,12 +217,10 @@ def sample_sizes(rng: Random, form: Form, layout: Layout) -> list[Size]:
     if form == "images":
         number = rng.choice((2, 2, 3))
         return [sample_size(rng)] * number if rng.random() < 0.7 else [sample_size(rng) for _ in range(number)]
-    return [sample_size(rng, MAX_CLIP_SIDE)] * rng.randint(4, 8)
+    return [sample_size(rng, MAX_CLIP_SIDE)] * rng.randint(MIN_FRAMES, MAX_FRAMES)
 
 
-def sample_pictures(
-    rng: Random, form: Form, sizes: Sequence[Size], most_shapes: int = MAX_SHAPES
-) -> tuple[Scene, ...]:
+def sample_pictures(rng: Random, form: Form, sizes: Sequence[Size], most_shapes: int = MAX_SHAPES) -> tuple[Scene, ...]:
     if form == "image":
         return tuple(sample_scene(rng, *size, max_shapes=most_shapes) for size in sizes)
     if form == "images":
@@ -345,7 +348,7 @@ def collate(
     labels: list[int] = []
     weights: list[float] = []
     question_of: list[int] = []
-    questions: list[tuple[Form, Question]] = []
+    questions: list[tuple[str, Question]] = []
     for row, chat in enumerate(chats):
         end = len(chat.token_ids)
         token_ids[row, :end] = torch.tensor(chat.token_ids)
@@ -356,7 +359,7 @@ def collate(
         for start, count, question in chat.answers:
             predicting.extend(range(row * length + start - 1, row * length + start - 1 + count))
             labels.extend(chat.token_ids[start : start + count])
-            weights.extend([count**-0.5] * count)  # a long description counts more than a word, but not by its length
+            weights.extend([count**-0.25] * count)  # a description counts more than a word, but less than its length
             question_of.extend([len(questions)] * count)
             questions.append((form, question))
     is_vision = (token_ids == IMAGE_PAD) | (token_ids == VIDEO_PAD)

@@ -28,16 +28,20 @@ def draw(shapes: Tensor, backgrounds: Tensor, palette: Tensor, height: int, widt
     x = torch.arange(width, device=device, dtype=torch.float32)[None, :] + 0.5
     pixels = backgrounds[:, :, None, None].expand(-1, -1, height, width)
     for index in range(shapes.shape[1]):
-        kind, colour, centre_x, centre_y, radius = (value[:, None, None] for value in shapes[:, index].unbind(-1))
-        scale = 1.0 / radius.clamp(min=1e-3)
-        dx, dy = (x - centre_x) * scale, (y - centre_y) * scale
-        inside = torch.zeros_like(dx * dy, dtype=torch.bool)
-        for number, name in enumerate(KINDS):
-            inside = inside | ((kind == number) & covers(name, dx, dy))
-        inside = inside & (radius > 0)
-        fill = palette[colour[:, 0, 0].long()][:, :, None, None]
-        pixels = torch.where(inside[:, None], fill, pixels)
+        fill = palette[shapes[:, index, 1].long()][:, :, None, None]
+        pixels = torch.where(covered(shapes[:, index], x, y)[:, None], fill, pixels)
     return pixels
+
+
+def covered(shape: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """bool [P, H, W]: which points of a grid, columns `x` [1, W] and rows `y` [H, 1], `shape` [P, 5] covers."""
+    kind, _, centre_x, centre_y, radius = (value[:, None, None] for value in shape.unbind(-1))
+    scale = 1.0 / radius.clamp(min=1e-3)
+    dx, dy = (x - centre_x) * scale, (y - centre_y) * scale
+    inside = torch.zeros_like(dx * dy, dtype=torch.bool)
+    for number, name in enumerate(KINDS):
+        inside = inside | ((kind == number) & covers(name, dx, dy))
+    return inside & (radius > 0)
 
 
 def palette_on(device: torch.device) -> Tensor:

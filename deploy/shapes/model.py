@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
+from common.families import MropeRule
 from deploy.shapes.scenes import MAX_PIXELS, MERGE_SIZE, MIN_PIXELS, PATCH_SIZE
 from deploy.shapes.tokenizer import (
     MODEL_MAX_LENGTH,
@@ -27,7 +28,7 @@ from deploy.shapes.tokenizer import (
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
-MROPE_RULE = "hf5"  # positions after a clip as transformers 5.23 counts them
+MROPE_RULE: MropeRule = "hf5"  # positions after a clip as transformers 5.23 counts them
 VISION_ROPE_THETA = 10000.0  # the constant of Qwen2-VL's vision tower
 
 
@@ -153,20 +154,21 @@ def encode_rest(block: Any, hidden: Tensor, attended: Tensor) -> Tensor:
 
 def decode(
     language_model: Any, embeddings: Tensor, position_ids: Tensor, mask: Tensor, functions: BlockFunctions | None = None
-) -> Tensor:
+) -> list[Tensor]:
     """transformers' language model without its dispatch: [B, L, hidden], position ids [3, B, L], bool mask
-    [B, 1, L, L] -> last hidden states."""
+    [B, 1, L, L] -> the hidden states after each layer, the last ones normed."""
     functions = functions or PLAIN_FUNCTIONS
     cos, sin = language_model.rotary_emb(embeddings.float(), position_ids)
     cos, sin = cos[:, None], sin[:, None]
     groups = language_model.config.num_attention_heads // language_model.config.num_key_value_heads
-    hidden = embeddings
+    hidden, states = embeddings, []
     for layer in language_model.layers:
         query, key, value = functions.decode_heads(layer, hidden, cos, sin)
         key, value = (heads.repeat_interleave(groups, dim=1) for heads in (key, value))
         hidden = functions.decode_rest(layer, hidden, F.scaled_dot_product_attention(query, key, value, mask))
-    result: Tensor = language_model.norm(hidden)
-    return result
+        states.append(hidden)
+    states[-1] = language_model.norm(hidden)
+    return states
 
 
 def decode_heads(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,7 +193,10 @@ PLAIN_FUNCTIONS = BlockFunctions(encode_heads, encode_rest, decode_heads, decode
 
 def compiled_functions() -> BlockFunctions:
     return BlockFunctions(
-        *(torch.compile(function, dynamic=True) for function in (encode_heads, encode_rest, decode_heads, decode_rest))
+        encode_heads=torch.compile(encode_heads, dynamic=True),
+        encode_rest=torch.compile(encode_rest, dynamic=True),
+        decode_heads=torch.compile(decode_heads, dynamic=True),
+        decode_rest=torch.compile(decode_rest, dynamic=True),
     )
 
 

@@ -1,6 +1,6 @@
 """Questions about pictures with their answers, in English and Chinese.
 
-A variant is one way to ask within a category: it looks at the pictures, and drafts a question that has one right answer,
+A variant is one way to ask within a category: it looks at the pictures and drafts a question that has one right answer,
 or none if the pictures allow none. The phrasings of a draft are templates of its language. Near ties (two shapes almost
 level, almost equally big) are not asked about.
 """
@@ -17,7 +17,7 @@ from deploy.shapes.scenes import COLOURS, KINDS, MAX_SHAPES, Form, Scene, Shape,
 Language = Literal["en", "zh"]
 LANGUAGES: tuple[Language, ...] = ("en", "zh")
 
-SIZE_RATIO = 1.4  # between the radii of two shapes whose sizes are compared
+SIZE_RATIO = 1.5  # between the radii of two shapes whose sizes are compared
 MAX_DESCRIBED = 4
 
 
@@ -832,4 +832,4 @@ def questions_of(pictures: Pictures, form: Form, *, seed: int = 0) -> list[Quest
     return questions
 
 
-assert MAX_SHAPES < len(ENGLISH.numbers)
+assert len(ENGLISH.numbers) > MAX_SHAPES

@@ -8,18 +8,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
-from typing import Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
-from torch import Tensor
 
-from common.families import Grid, smart_resize_grid
+from common.embedding import Grid
+from common.families import smart_resize_grid
 
 Colour = tuple[int, int, int]
 Size = tuple[int, int]  # (width, height)
-Coordinates = TypeVar("Coordinates", npt.NDArray[np.float32], Tensor)
 Form = Literal["image", "images", "frames", "video"]  # one picture; several; a clip as pictures; a clip as a video
 
 COLOURS: dict[str, Colour] = {
@@ -106,8 +104,9 @@ def resize_scale(height: int, width: int) -> float:
     return min(rows * PATCH_SIZE / height, columns * PATCH_SIZE / width)
 
 
-def covers(kind: str, dx: Coordinates, dy: Coordinates) -> Coordinates:
-    """Whether a point is inside a shape, from its offset to the centre in radii. For numpy arrays and torch tensors."""
+def covers(kind: str, dx: Any, dy: Any) -> Any:
+    """Whether a point is inside a shape, from its offset to the centre in radii; for numpy arrays and torch
+    tensors alike."""
     if kind == "circle":
         return dx * dx + dy * dy < 1.0
     if kind == "square":
@@ -147,16 +146,15 @@ def sample_size(rng: Random, max_side: int = MAX_SIDE) -> Size:
 
 
 def sample_background(rng: Random) -> Colour:
-    grey = rng.randint(0, 255)
-    if rng.random() < 0.4:
-        return grey, grey, grey
-    spread = rng.choice((20, 60, 255))
-    red, green, blue = (min(255, max(0, round(grey + rng.uniform(-spread, spread)))) for _ in range(3))
+    """A grey, often with a tint: on saturated backgrounds of every hue, kinds are learned many times more slowly."""
+    grey = rng.randint(60, 225)
+    tint = rng.choice((0, 0, 12, 24))
+    red, green, blue = (round(grey + rng.uniform(-tint, tint)) for _ in range(3))
     return red, green, blue
 
 
 def sample_noise(rng: Random) -> float:
-    return 0.0 if rng.random() < 0.4 else rng.uniform(2.0, 22.0)
+    return 0.0 if rng.random() < 0.4 else rng.uniform(2.0, 15.0)
 
 
 def visible_colours(background: Colour) -> list[str]:

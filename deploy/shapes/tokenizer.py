@@ -79,20 +79,18 @@ CHAT_TEMPLATE = (
     "{% endif %}"
 )
 
-# Chinese is not spaced, so its words are listed; those of the lexicon come first.
-CHINESE_WORDS = (
-    *CHINESE.colours.values(),
-    *CHINESE.kinds.values(),
-    *CHINESE.numbers,
-    *CHINESE.ordinals,
-    *CHINESE.answers.values(),
-    "？",
-    "。",
-    "，",
-    *"什么 颜色 形状 图形 图片 图中 图片里 哪个 哪张 哪一边 哪边 哪里 哪张图 多少 几个 一共 请问 描述 从左到右 左边还是右边".split(),
-    *"上面还是下面 更大 更小 更多 更少 最多 最少 出现 最后 移动 方向 位置 看到 两张 三张 这两张 这些 它们 一样吗 在移动".split(),
-    *"有没有 是不是 的图形 简短 回答 助手 有用 你 你是 是 的 在 和 比 往 向 它 了 吗 大 小 有 什么颜色 什么形状 这张".split(),
-)
+# Chinese is not spaced, so its words are listed.
+CHINESE_TEXT = """
+？ 。 ， 什么 什么颜色 什么形状 颜色 形状 图形 的图形 图片 图中 图片里 哪个 哪张 哪张图 哪一边 哪边 哪里 多少
+几个 一共 请问 描述 从左到右 左边还是右边 上面还是下面 大 小 更大 更小 更多 更少 最多 最少 出现 最后 移动 在移动
+方向 位置 看到 两张 三张 这张 这两张 这些 它们 一样吗 有没有 是不是 简短 回答 助手 有用 你 你是 是 的 在 和 比 往
+向 它 了 吗 有
+"""
+
+
+def chinese_words() -> list[str]:
+    named = [*CHINESE.colours.values(), *CHINESE.kinds.values(), *CHINESE.numbers, *CHINESE.ordinals]
+    return list(dict.fromkeys([*named, *CHINESE.answers.values(), *CHINESE_TEXT.split()]))
 
 
 def english_words() -> list[str]:
@@ -134,7 +132,7 @@ def train_tokenizer() -> Tokenizer:
     trainer = BpeTrainer(
         vocab_size=FIRST_SPECIAL_ID, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    tokenizer.train_from_iterator([*english_words(), *dict.fromkeys(CHINESE_WORDS)], trainer)
+    tokenizer.train_from_iterator([*english_words(), *chinese_words()], trainer)
     if tokenizer.get_vocab_size() != FIRST_SPECIAL_ID:
         raise ValueError(f"the words give {tokenizer.get_vocab_size()} tokens, not {FIRST_SPECIAL_ID}")
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL_TOKENS])

@@ -69,7 +69,7 @@ def check_against_one_piece_model(model: Any, numerics: str, count: int, seed: i
         num_answers += len(requests)
         num_preemptions += engine.num_preemptions
     assert num_near_ties <= num_answers / 100
-    assert num_preemptions > count / 4
+    assert num_preemptions > count / 10
     assert num_cached_tokens > 0
 
 
@@ -81,7 +81,7 @@ def test_tokens_are_those_of_the_one_piece_model(each_model: Any, numerics: str)
 @pytest.mark.soak
 @pytest.mark.parametrize("numerics", ["exact", "fast"])
 def test_tokens_are_those_of_the_one_piece_model_in_thousands_of_workloads(each_model: Any, numerics: str) -> None:
-    check_against_one_piece_model(each_model, numerics, 1500, seed=1)
+    check_against_one_piece_model(each_model, numerics, 1000, seed=1)
 
 
 def check_exact(model: Any, count: int, seed: int) -> None:
@@ -101,7 +101,7 @@ def check_exact(model: Any, count: int, seed: int) -> None:
             assert torch.equal(logits, alone[index][:max_tokens]), (workload, request.request_id)
             num_cached_tokens += request.num_cached_tokens
         num_preemptions += engine.num_preemptions
-    assert num_preemptions > count / 4
+    assert num_preemptions > count / 10
     assert num_cached_tokens > 0
 
 
@@ -111,7 +111,7 @@ def test_exact_logits_do_not_depend_on_company_budget_preemption_or_prefix(wide_
 
 @pytest.mark.soak
 def test_exact_logits_do_not_change_in_thousands_of_workloads(wide_model: Any) -> None:
-    check_exact(wide_model, 1500, seed=3)
+    check_exact(wide_model, 1000, seed=3)
 
 
 def test_exact_logits_of_a_second_turn_do_not_depend_on_the_first(wide_model: Any) -> None:
