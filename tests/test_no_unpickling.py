@@ -65,7 +65,7 @@ async def main(directory: Path) -> None:
         namespace = await llm._features.namespace()
         for seed, payload in enumerate(pickled):
             image = picture(84, 84, seed)
-            item = MediaItem.of(image, llm._params)
+            item = MediaItem.of(image, llm.media.params)
             caches[1].put(namespace.key(item.mm_hash, str(item.params)), payload)
             await asyncio.sleep(0.1)
             answer = await http.post(URL, json=body(image_part(image), "What?"))

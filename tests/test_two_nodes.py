@@ -8,7 +8,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from common.local_redis import LocalRedis, find_redis_server
+from common.local_redis import MEDIA, LocalRedis, find_redis_server
 from deploy import service
 from deploy.client import Client
 from tests.conftest import picture
@@ -38,8 +38,10 @@ def cluster() -> Iterator[Cluster]:
     found.shutdown()
 
 
-def application(checkpoint: Path, redis_url: str | None) -> dict[str, object]:
-    config = service.application_config(model=str(checkpoint), redis_url=redis_url, port=service.free_port())
+def application(checkpoint: Path, redis_url: str | None, media_redis_url: str | None) -> dict[str, object]:
+    config = service.application_config(
+        model=str(checkpoint), redis_url=redis_url, media_redis_url=media_redis_url, port=service.free_port()
+    )
     for deployment in config["applications"][0]["deployments"]:
         # One replica fills most of a node, so the two services stand on different ones.
         deployment["ray_actor_options"] = {"num_cpus": 1.5}
@@ -48,8 +50,8 @@ def application(checkpoint: Path, redis_url: str | None) -> dict[str, object]:
 
 def test_start_without_a_redis_url_is_refused_with_one_sentence(cluster: Cluster, tiny_checkpoint: Path) -> None:
     with (
-        pytest.raises(service.ServiceError, match=r"on several nodes embeddings are shared .* set cache.redis_url"),
-        service.running_service(application(tiny_checkpoint, None), print),
+        pytest.raises(service.ServiceError, match=r"on several nodes .* set cache.redis_url"),
+        service.running_service(application(tiny_checkpoint, None, None), print),
     ):
         pass
 
@@ -58,8 +60,10 @@ def test_two_nodes_share_embeddings_through_a_redis_url(
     cluster: Cluster, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     redis = LocalRedis(tmp_path / "redis", 64 * 1024**2)
+    media = LocalRedis(tmp_path / "media", 64 * 1024**2, MEDIA)
     redis.start()
-    with service.running_service(application(tiny_checkpoint, redis.url), print) as running:
+    media.start()
+    with service.running_service(application(tiny_checkpoint, redis.url, media.url), print) as running:
         dashboard = service.connect(running.dashboard)
         replicas = [
             replica
@@ -74,3 +78,4 @@ def test_two_nodes_share_embeddings_through_a_redis_url(
         wait_until(lambda: service.is_healthy(running.url))
         assert client.ask([image], "Where?", max_tokens=2).images[0]["source"] == "redis"
     redis.stop()
+    media.stop()
