@@ -286,6 +286,20 @@ async def test_one_request_id_used_twice_at_once_is_answered_twice(http: httpx2.
     assert len({answer.json()["id"] for answer in answers}) == 4
 
 
+async def test_every_answer_is_counted_by_its_status(http: httpx2.AsyncClient) -> None:
+    def counted() -> list[float]:
+        found = metrics.snapshot()
+        return [found.get(f'fovea_requests_total{{status="{status}"}}', 0) for status in (200, 400, 404, 413)]
+
+    before = counted()
+    await http.post(URL, json=body("hi"))
+    await http.post(URL, json=body("hi", stream=True))
+    await http.post(URL, content=b"{", headers={"content-type": "application/json"})
+    await http.post(URL, json=body("hi", model="gpt-7"))
+    await http.post(URL, content=b" " * (MAX_BODY_BYTES + 1))
+    assert [after - earlier for after, earlier in zip(counted(), before, strict=True)] == [2, 1, 1, 1]
+
+
 async def test_unknown_path_has_an_openai_error(http: httpx2.AsyncClient) -> None:
     answer = await http.get("/v1/nothing")
     assert answer.status_code == 404

@@ -37,6 +37,7 @@ def create_app(server: LLMServer, *, admin_api: bool = False) -> FastAPI:
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(Exception, _on_bug)
     app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)
+    app.add_middleware(RequestCounter)  # the last one is the outermost
     return app
 
 
@@ -71,6 +72,25 @@ class BodyLimit:
             await _response(error)(scope, receive, send)
             return
         await self._app(scope, limited_receive, send)
+
+
+class RequestCounter:
+    """Counts every answer by its status, refusals included. Plain ASGI, as above."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def counting_send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                metrics.requests.inc(tags={"status": str(message["status"])})
+            await send(message)
+
+        try:
+            await self._app(scope, receive, counting_send)
+        except Exception:  # answered further out, by the handler of bugs
+            metrics.requests.inc(tags={"status": "500"})
+            raise
 
 
 def _status_router(server: LLMServer) -> APIRouter:
@@ -116,7 +136,6 @@ def _response(error: ServingError) -> JSONResponse:
 
 async def _on_serving_error(request: Request, exc: Exception) -> JSONResponse:
     assert isinstance(exc, ServingError)
-    metrics.requests.inc(tags={"status": str(exc.status)})
     return _response(exc)
 
 
