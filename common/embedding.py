@@ -73,8 +73,8 @@ class Seal:
 class VisionEmbedding:
     """What the encoder says about one image or one temporal grid.
 
-    `tensors["features"]` is `[N, hidden]`; some families add more (`deepstack_0 [N, hidden]`, ...). `grid_thw` is the
-    patch grid behind the N rows. Tensors that came from `unpack()` share the packed buffer: do not write to them.
+    `tensors["features"]` is `[N, hidden]`; with deepstack there are `deepstack_0 [N, hidden]`, ... too. `grid_thw` is
+    the patch grid behind the N rows. Tensors that came from `unpack()` share the packed buffer: do not write to them.
     """
 
     tensors: Mapping[str, Tensor]
@@ -88,6 +88,11 @@ class VisionEmbedding:
     @property
     def features(self) -> Tensor:
         return self.tensors["features"]
+
+    @property
+    def deepstack(self) -> list[Tensor]:
+        """What is added to the rows behind the first decoder layers, one tensor for each of them."""
+        return [self.tensors[name] for name in deepstack_names(len(self.tensors) - 1)]
 
     @property
     def num_tokens(self) -> int:
@@ -105,6 +110,10 @@ class EmbeddingSpec:
     @property
     def num_tokens(self) -> int:
         return self.shapes["features"][0]
+
+
+def deepstack_names(number: int) -> list[str]:
+    return [f"deepstack_{index}" for index in range(number)]
 
 
 def _xxh3_digest(parts: Iterable[Buffer]) -> bytes:

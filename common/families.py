@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from common.embedding import EmbeddingSpec, Grid
+from common.embedding import EmbeddingSpec, Grid, deepstack_names
 from common.errors import InvalidRequestError
 
 MropeRule = Literal["qwen", "hf5"]
@@ -47,6 +47,7 @@ FAMILIES: Mapping[str, Family] = {
     for family in (
         Family("qwen2_vl", placeholder="<|image_pad|>", uses_mrope=True),
         Family("qwen2_5_vl", placeholder="<|image_pad|>", uses_mrope=True),
+        Family("qwen3_vl", placeholder="<|image_pad|>", uses_mrope=True),
     )
 }
 
@@ -91,7 +92,7 @@ class ImageGeometry:
     """How a checkpoint cuts images into patches and tokens; all that a prompt needs to know of an image is its size.
 
     `min_pixels` and `max_pixels` are the pixel budget unless a request asks for another; `hidden_size` is that of the
-    text model, into which features are projected.
+    text model, into which features are projected. Beside the features there are `num_deepstack` further sets of rows.
     """
 
     patch_size: int
@@ -99,6 +100,7 @@ class ImageGeometry:
     hidden_size: int
     min_pixels: int
     max_pixels: int
+    num_deepstack: int = 0
 
     @classmethod
     def of(cls, config: Any, preprocessor: Mapping[str, Any]) -> "ImageGeometry":
@@ -110,6 +112,7 @@ class ImageGeometry:
             hidden_size=config.get_text_config().hidden_size,
             min_pixels=preprocessor.get("min_pixels") or size.get("shortest_edge") or DEFAULT_MIN_PIXELS,
             max_pixels=preprocessor.get("max_pixels") or size.get("longest_edge") or DEFAULT_MAX_PIXELS,
+            num_deepstack=len(getattr(config.vision_config, "deepstack_visual_indexes", ())),
         )
 
     def grid(self, height: int, width: int, *, min_pixels: int, max_pixels: int) -> Grid:
@@ -121,8 +124,9 @@ class ImageGeometry:
             raise InvalidRequestError(str(exc), code="invalid_image") from exc
 
     def embedding_spec(self, grid_thw: Grid, dtype: torch.dtype) -> EmbeddingSpec:
-        rows = num_image_tokens(grid_thw, self.merge_size)
-        return EmbeddingSpec(grid_thw=grid_thw, shapes={"features": (rows, self.hidden_size)}, dtype=dtype)
+        shape = (num_image_tokens(grid_thw, self.merge_size), self.hidden_size)
+        names = ["features", *deepstack_names(self.num_deepstack)]
+        return EmbeddingSpec(grid_thw=grid_thw, shapes=dict.fromkeys(names, shape), dtype=dtype)
 
 
 def mrope_positions(

@@ -5,7 +5,7 @@ import time
 import torch
 
 from common.checkpoint import LoadedHalf, device_capability
-from common.embedding import VisionEmbedding
+from common.embedding import VisionEmbedding, deepstack_names
 from common.identity import EmbeddingNamespace
 from encoder_service.preprocess import ImagePreprocessor, PreprocessedImage, decoder_version, pixel_values
 
@@ -41,10 +41,12 @@ class VisionEncoder:
         patches = torch.cat([image.patches for image in images]).to(self.half.device)
         values = pixel_values(patches, self.table, self.temporal_patch_size).to(self.half.dtype)
         grids = torch.tensor([image.grid_thw for image in images], device=self.half.device)
-        features = self.half.model.get_image_features(values, grids, return_dict=True).pooler_output
-        rows_of_images = [rows.cpu() for rows in features]
+        output = self.half.model.get_image_features(values, grids, return_dict=True)
+        deepstack = output.get("deepstack_features") or []
+        sets = {"features": output.pooler_output, **dict(zip(deepstack_names(len(deepstack)), deepstack, strict=True))}
+        tensors_of_images = [{name: rows[index].cpu() for name, rows in sets.items()} for index in range(len(images))]
         ms_per_patch = (time.perf_counter() - started) * 1000 / len(patches)
         return [
-            VisionEmbedding({"features": rows}, image.grid_thw, encode_ms=ms_per_patch * image.num_patches)
-            for image, rows in zip(images, rows_of_images, strict=True)
+            VisionEmbedding(tensors, image.grid_thw, encode_ms=ms_per_patch * image.num_patches)
+            for image, tensors in zip(images, tensors_of_images, strict=True)
         ]

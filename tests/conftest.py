@@ -13,7 +13,13 @@ from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
-from transformers import GenerationConfig, PreTrainedModel, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    PreTrainedModel,
+    Qwen2VLForConditionalGeneration,
+)
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.utils import logging as transformers_logging
 
@@ -75,9 +81,12 @@ def picture(height: int = 56, width: int = 84, seed: int = 0, format: str = "PNG
     return buffer.getvalue()
 
 
-def write_tiny_checkpoint(directory: Path, *, hidden: int = 64, layers: int = 3, seed: int = 0) -> Path:
+def write_tiny_checkpoint(
+    directory: Path, model_type: str = "qwen2_vl", *, hidden: int = 64, layers: int = 3, seed: int = 0
+) -> Path:
     tokenizer = _train_tokenizer()
     token = {text[2:-2]: tokenizer.token_to_id(text) for text in SPECIALS}
+    vision_config, text_extra, rope_extra = _tiny_qwen(model_type, hidden)
     text_config = {
         "vocab_size": -(-tokenizer.get_vocab_size() // 64) * 64,
         "hidden_size": hidden,
@@ -87,12 +96,13 @@ def write_tiny_checkpoint(directory: Path, *, hidden: int = 64, layers: int = 3,
         "num_key_value_heads": 2,
         "max_position_embeddings": 4096,
         "initializer_range": 0.3,  # with the usual 0.02, greedy output degenerates and equality proves nothing
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3], **rope_extra},
         "bos_token_id": token["endoftext"],
         "eos_token_id": token["im_end"],
+        **text_extra,
     }
-    vision_config = {"depth": 2, "embed_dim": 32, "hidden_size": hidden, "num_heads": 2, "initializer_range": 0.2}
-    config = Qwen2VLConfig(
+    config = AutoConfig.for_model(
+        model_type,
         text_config=text_config,
         vision_config=vision_config,
         tie_word_embeddings=True,
@@ -102,15 +112,35 @@ def write_tiny_checkpoint(directory: Path, *, hidden: int = 64, layers: int = 3,
         vision_end_token_id=token["vision_end"],
     )
     torch.manual_seed(seed)
-    model = Qwen2VLForConditionalGeneration(config)
+    model = AutoModelForImageTextToText.from_config(config)
     model.generation_config = GenerationConfig(
         do_sample=False, pad_token_id=token["endoftext"], eos_token_id=[token["im_end"], token["endoftext"]]
     )
     model.save_pretrained(directory, max_shard_size="200KB")
     tokenizer.save(str(directory / "tokenizer.json"))
     _write_json(directory / "tokenizer_config.json", _tokenizer_config(tokenizer))
-    _write_json(directory / "preprocessor_config.json", {"min_pixels": 56 * 56, "max_pixels": 224 * 224})
+    preprocessor = {"min_pixels": 56 * 56, "max_pixels": 224 * 224, "patch_size": config.vision_config.patch_size}
+    _write_json(directory / "preprocessor_config.json", preprocessor)
     return directory
+
+
+def _tiny_qwen(model_type: str, hidden: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The vision tower of a family, and what its text model and its rotary embedding have besides."""
+    tower = {"hidden_size": 32, "out_hidden_size": hidden, "intermediate_size": 64, "num_heads": 2}
+    tower["initializer_range"] = 0.2
+    match model_type:
+        case "qwen2_vl":
+            return (
+                {"depth": 2, "embed_dim": 32, "hidden_size": hidden, "num_heads": 2, "initializer_range": 0.2},
+                {},
+                {},
+            )
+        case "qwen2_5_vl":
+            return {**tower, "depth": 3, "window_size": 56, "fullatt_block_indexes": [1]}, {}, {}
+        case "qwen3_vl":
+            deepstack = {"depth": 3, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
+            return {**tower, **deepstack}, {"head_dim": hidden // 4}, {"mrope_interleaved": True}
+    raise KeyError(model_type)
 
 
 def _train_tokenizer() -> Tokenizer:

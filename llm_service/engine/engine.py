@@ -110,14 +110,14 @@ class LLMEngine:
         end = 0
         for feature in request.mm_features:
             offset, length = feature.position.offset, feature.position.length
-            features_ND = feature.embedding.features
             if not end <= offset <= offset + length <= num_tokens:
                 raise ValueError(f"{name} has an image at {offset} of length {length}, out of order or of its prompt")
-            if features_ND.shape != (length, self.hidden_size):
-                raise ValueError(
-                    f"{name} has features of shape {tuple(features_ND.shape)} for {length} placeholders of hidden size "
-                    f"{self.hidden_size}"
-                )
+            for rows_ND in feature.embedding.tensors.values():
+                if rows_ND.shape != (length, self.hidden_size):
+                    raise ValueError(
+                        f"{name} has features of shape {tuple(rows_ND.shape)} for {length} placeholders of hidden size "
+                        f"{self.hidden_size}"
+                    )
             end = offset + length
 
 

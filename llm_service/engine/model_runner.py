@@ -1,5 +1,6 @@
 """One packed forward of the decoder: SchedulerOutput in, logits out. Owns the weights and the KV memory."""
 
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from common.checkpoint import LoadedHalf
+from common.embedding import VisionEmbedding
 from llm_service.config import EngineConfig
 from llm_service.engine.attention import ATTENTION_IMPLEMENTATION, AttentionMetadata, PackedSequence, causal_mask
 from llm_service.engine.request import Request
@@ -17,6 +19,15 @@ from llm_service.engine.scheduler import ScheduledRequest, SchedulerOutput
 # A matrix product picks its kernel by its number of rows, and every kernel sums in its own order. From 16 rows on it
 # is one kernel on the CPUs that were measured, so `exact` numerics never shows a product fewer.
 MIN_EXACT_ROWS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class PackedImage:
+    """`rows` of the packed batch are placeholders that stand for `embedding_rows` of an image."""
+
+    rows: slice
+    embedding: VisionEmbedding
+    embedding_rows: slice
 
 
 class ModelRunner:
@@ -38,11 +49,14 @@ class ModelRunner:
         """float32 logits `[B, V]` of the yielding requests, in their order; B may be 0."""
         scheduled = output.scheduled
         rows = packed_rows(scheduled)
+        images = packed_images(scheduled, rows)
+        embeds_TD = self._pad(self._embed(scheduled, images))
         hidden_TD: Tensor = self.language_model(
-            inputs_embeds=self._pad(self._embed(scheduled, rows))[None],
+            inputs_embeds=embeds_TD[None],
             position_ids=self._pad(self._positions(scheduled)).T[:, None],
             use_cache=False,
             attention_metadata=self._attention_metadata(scheduled, rows),
+            **deepstack_arguments(images, len(embeds_TD)),
         ).last_hidden_state[0]
         last_rows = [span.stop - 1 for item, span in zip(scheduled, rows, strict=True) if item.yields_token]
         if not last_rows:  # nothing but the beginnings of prompts: spare the largest product
@@ -50,7 +64,7 @@ class ModelRunner:
         logits_BV: Tensor = self.lm_head(self._pad(hidden_TD[last_rows]))[: len(last_rows)]
         return logits_BV.float()
 
-    def _embed(self, scheduled: list[ScheduledRequest], rows: list[slice]) -> Tensor:
+    def _embed(self, scheduled: list[ScheduledRequest], images: list[PackedImage]) -> Tensor:
         """Embeddings `[T, D]` of the scheduled tokens; image placeholders become the feature rows they stand for."""
         token_ids = [
             token
@@ -58,8 +72,8 @@ class ModelRunner:
             for token in item.request.token_ids(item.request.num_computed_tokens, item.num_context_tokens)
         ]
         embeds_TD: Tensor = self.language_model.embed_tokens(torch.tensor(token_ids, device=self.device))
-        for item, span in zip(scheduled, rows, strict=True):
-            _inject_features(embeds_TD[span], item)
+        for image in images:
+            embeds_TD[image.rows] = image.embedding.features[image.embedding_rows].to(embeds_TD)
         return embeds_TD
 
     def _positions(self, scheduled: list[ScheduledRequest]) -> Tensor:
@@ -106,20 +120,36 @@ def positions_of(request: Request, start: int, end: int) -> Tensor:
     return torch.cat([request.positions[:, start:end], answer.expand(3, -1)], dim=1)
 
 
-def _inject_features(embeds_ND: Tensor, item: ScheduledRequest) -> None:
-    """Overwrites the placeholders among the rows of one request's chunk."""
-    chunk_start, chunk_end = item.request.num_computed_tokens, item.num_context_tokens
-    for feature in item.request.mm_features:
-        offset = feature.position.offset
-        start, end = max(chunk_start, offset), min(chunk_end, offset + feature.position.length)
-        if start < end:
-            rows = feature.embedding.features[start - offset : end - offset]
-            embeds_ND[start - chunk_start : end - chunk_start] = rows.to(embeds_ND)
+def packed_images(scheduled: list[ScheduledRequest], rows: list[slice]) -> list[PackedImage]:
+    """The images, or parts of images, among the scheduled tokens, in the order of their rows."""
+    images = []
+    for item, span in zip(scheduled, rows, strict=True):
+        shift = span.start - item.request.num_computed_tokens
+        for feature in item.request.mm_features:
+            offset = feature.position.offset
+            start = max(item.request.num_computed_tokens, offset)
+            end = min(item.num_context_tokens, offset + feature.position.length)
+            if start < end:
+                embedding_rows = slice(start - offset, end - offset)
+                images.append(PackedImage(slice(start + shift, end + shift), feature.embedding, embedding_rows))
+    return images
+
+
+def deepstack_arguments(images: list[PackedImage], num_rows: int) -> dict[str, Any]:
+    """What makes the text model add rows of images behind its first layers; nothing where there are none to add."""
+    parts_of_images = [[rows_ND[image.embedding_rows] for rows_ND in image.embedding.deepstack] for image in images]
+    if not any(parts_of_images):
+        return {}
+    is_image_T = torch.zeros(num_rows, dtype=torch.bool)
+    for image in images:
+        is_image_T[image.rows] = True
+    rows_of_layers = [torch.cat(parts) for parts in zip(*parts_of_images, strict=True)]
+    return {"visual_pos_masks": is_image_T[None], "deepstack_visual_embeds": rows_of_layers}
 
 
 def _check_supported(text_config: Any) -> None:
     """Raises ValueError for what this attention and these positions would silently compute wrong."""
-    if "sliding_attention" in getattr(text_config, "layer_types", ()):
+    if "sliding_attention" in (getattr(text_config, "layer_types", None) or ()):
         raise ValueError("text models with sliding window attention are not supported")
     rope_type = text_config.rope_parameters["rope_type"]
     if rope_type in ("dynamic", "longrope"):  # their frequencies follow the longest sequence in the batch

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel, Qwen2VLConfig, Qwen2VLModel
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel, Qwen2VLConfig, Qwen2VLModel, Qwen3VLConfig, Qwen3VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from common.errors import InvalidRequestError
@@ -54,7 +54,8 @@ def random_prompt(rng: random.Random, with_clips: bool) -> tuple[list[int], list
 
 
 @pytest.mark.parametrize(
-    ("model_class", "config_class"), [(Qwen2VLModel, Qwen2VLConfig), (Qwen2_5_VLModel, Qwen2_5_VLConfig)]
+    ("model_class", "config_class"),
+    [(Qwen2VLModel, Qwen2VLConfig), (Qwen2_5_VLModel, Qwen2_5_VLConfig), (Qwen3VLModel, Qwen3VLConfig)],
 )
 def test_positions_are_those_of_get_rope_index(model_class: type, config_class: type) -> None:
     text = {
@@ -69,7 +70,7 @@ def test_positions_are_those_of_get_rope_index(model_class: type, config_class: 
     )  # fmt: skip
     rng = random.Random(0)
     for _ in range(100):
-        # Clips of Qwen2.5-VL have an interval of their own.
+        # Clips of Qwen2.5-VL have an interval of their own, those of Qwen3-VL text between their grids.
         ids, items, kinds = random_prompt(rng, with_clips=model_class is Qwen2VLModel)
         tokens = torch.tensor([ids])
         grids = {
@@ -104,5 +105,7 @@ def test_unknown_family_is_refused_with_the_supported_ones() -> None:
     class Config:
         model_type = "mllama"
 
-    with pytest.raises(ValueError, match=r"'mllama' is not supported; supported are \['qwen2_5_vl', 'qwen2_vl'\]"):
+    with pytest.raises(
+        ValueError, match=r"'mllama' is not supported; supported are \['qwen2_5_vl', 'qwen2_vl', 'qwen3_vl'\]"
+    ):
         family_of(Config())

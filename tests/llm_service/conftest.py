@@ -15,14 +15,16 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 from transformers.utils import logging as transformers_logging
 
 from common.checkpoint import LoadedHalf, load_half
 from common.config import ModelConfig
-from common.embedding import Grid, VisionEmbedding
-from common.families import VisionItem, mrope_positions
+from common.embedding import Grid, VisionEmbedding, deepstack_names
+from common.families import VisionItem, mrope_positions, num_image_tokens
 from llm_service.config import EngineConfig
 from llm_service.engine.engine import LLMEngine
 from llm_service.engine.request import MultiModalFeature, PlaceholderRange, Request, RequestOutput, SamplingParams
@@ -35,25 +37,26 @@ NUM_REFERENCE_TOKENS = 24
 MODELS = {
     "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration),
     "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
+    "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
 }
 
 
 @dataclass(frozen=True)
 class Picture:
     key: str
-    grid_thw: Grid
-    features: Tensor
+    embedding: VisionEmbedding
 
     @property
     def num_tokens(self) -> int:
-        return len(self.features)
+        return self.embedding.num_tokens
 
 
-def picture(seed: int, grid_thw: Grid, hidden: int) -> Picture:
+def picture(seed: int, grid_thw: Grid, hidden: int, num_deepstack: int = 0) -> Picture:
     generator = torch.Generator().manual_seed(seed)
-    t, h, w = grid_thw
-    features = torch.randn(t * h * w // 4, hidden, generator=generator)
-    return Picture(f"namespace:{seed:04d}:{grid_thw}", grid_thw, features)
+    num_tokens = num_image_tokens(grid_thw, merge_size=2)
+    names = ["features", *deepstack_names(num_deepstack)]
+    tensors = {name: torch.randn(num_tokens, hidden, generator=generator) for name in names}
+    return Picture(f"namespace:{seed:04d}:{grid_thw}", VisionEmbedding(tensors, grid_thw))
 
 
 @dataclass(eq=False)
@@ -82,8 +85,8 @@ class Prompt:
         for image in self.pictures:
             offset = token_ids.index(IMAGE, start)
             start = offset + image.num_tokens
-            embedding = VisionEmbedding({"features": image.features}, image.grid_thw)
-            mm_features.append(MultiModalFeature(image.key, PlaceholderRange(offset, image.num_tokens), embedding))
+            position = PlaceholderRange(offset, image.num_tokens)
+            mm_features.append(MultiModalFeature(image.key, position, image.embedding))
         items = [VisionItem(feature.position.offset, feature.embedding.grid_thw) for feature in mm_features]
         positions, next_position = mrope_positions(token_ids, items, merge_size=2)
         return Request(
@@ -154,7 +157,7 @@ class TinyModel:
     prompts: list[Prompt]
 
     def picture(self, seed: int, grid_thw: Grid = (1, 8, 10)) -> Picture:
-        return picture(seed, grid_thw, self.full.config.text_config.hidden_size)
+        return picture(seed, grid_thw, self.full.config.text_config.hidden_size, num_deepstack(self.full.config))
 
     def prompt(self, *parts: int | Picture) -> Prompt:
         return Prompt(parts)
@@ -177,10 +180,14 @@ class TinyModel:
         token_ids = torch.tensor([prompt.token_ids])
         images: dict[str, Any] = {}
         if prompt.pictures:
-            rows = BaseModelOutputWithPooling(pooler_output=[image.features for image in prompt.pictures])
+            embeddings = [image.embedding for image in prompt.pictures]
+            output = BaseModelOutputWithDeepstackFeatures(
+                pooler_output=[embedding.features for embedding in embeddings],
+                deepstack_features=list(zip(*(embedding.deepstack for embedding in embeddings), strict=True)),
+            )
             images = {
-                "mm_encoder_outputs": {"image": rows},
-                "image_grid_thw": torch.tensor([image.grid_thw for image in prompt.pictures]),
+                "mm_encoder_outputs": {"image": output},
+                "image_grid_thw": torch.tensor([embedding.grid_thw for embedding in embeddings]),
             }
         self.full.model.rope_deltas = None  # state of the last call
         generated = self.full.generate(
@@ -198,9 +205,14 @@ class TinyModel:
         return prompt
 
 
-def random_prompts(rng: random.Random, hidden: int) -> list[Prompt]:
+def num_deepstack(config: Any) -> int:
+    return len(getattr(config.vision_config, "deepstack_visual_indexes", ()))
+
+
+def random_prompts(rng: random.Random, config: Any) -> list[Prompt]:
     """Prompts of 1 to about 150 tokens with 0 to 3 pictures; some begin alike, so that prefixes can be shared."""
-    pictures = [picture(seed, (1, 2 * rng.randint(1, 6), 2 * rng.randint(1, 7)), hidden) for seed in range(6)]
+    sizes = config.text_config.hidden_size, num_deepstack(config)
+    pictures = [picture(seed, (1, 2 * rng.randint(1, 6), 2 * rng.randint(1, 7)), *sizes) for seed in range(6)]
 
     def text(most: int) -> list[int]:
         return [rng.randrange(NUM_TEXT_TOKENS) for _ in range(rng.randint(1, most))]
@@ -216,12 +228,15 @@ def random_prompts(rng: random.Random, hidden: int) -> list[Prompt]:
 def tiny_model(model_type: str, path: Path, hidden: int = 32) -> TinyModel:
     half_head = hidden // 8
     config_class, model_class = MODELS[model_type]
+    # What is added to images behind the last layer changes no logits, so there is one layer more than sets.
+    deepstack = {"deepstack_visual_indexes": [0, 1]} if model_type == "qwen3_vl" else {}
+    text = {"head_dim": hidden // 4, "num_hidden_layers": 3} if deepstack else {"num_hidden_layers": 2}
     config = config_class(
         text_config={
             "vocab_size": 320,
             "hidden_size": hidden,
             "intermediate_size": hidden * 11 // 4,
-            "num_hidden_layers": 2,
+            **text,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 4096,
@@ -235,7 +250,14 @@ def tiny_model(model_type: str, path: Path, hidden: int = 32) -> TinyModel:
             "eos_token_id": 2,
             "pad_token_id": 0,
         },
-        vision_config={"depth": 1, "embed_dim": 16, "hidden_size": hidden, "num_heads": 1, "out_hidden_size": hidden},
+        vision_config={
+            "depth": 1,
+            "embed_dim": 16,
+            "hidden_size": hidden,
+            "num_heads": 1,
+            "out_hidden_size": hidden,
+            **deepstack,
+        },
         image_token_id=IMAGE,
         video_token_id=VIDEO,
         vision_start_token_id=VISION_START,
@@ -247,7 +269,7 @@ def tiny_model(model_type: str, path: Path, hidden: int = 32) -> TinyModel:
     full.generation_config.eos_token_id = None  # the reference never stops; stopping is the engine's own affair
     full.save_pretrained(path)
     loaded = load_half(ModelConfig(path=str(path), device="cpu"), "language")
-    model = TinyModel(full, loaded, random_prompts(random.Random(5), hidden))
+    model = TinyModel(full, loaded, random_prompts(random.Random(5), config))
     for prompt in model.prompts:
         model.refer(prompt)
     return model
@@ -268,3 +290,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
 def wide_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     """Wide enough that a matrix product's bits do depend on its number of rows."""
     return tiny_model("qwen2_vl", tmp_path_factory.mktemp("wide"), hidden=256)
+
+
+@pytest.fixture(scope="session")
+def wide_deepstack_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """As `wide_model`, and images are added to behind the first layers, too."""
+    return tiny_model("qwen3_vl", tmp_path_factory.mktemp("wide-deepstack"), hidden=256)

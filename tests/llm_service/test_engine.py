@@ -109,6 +109,22 @@ def test_exact_logits_do_not_depend_on_company_budget_preemption_or_prefix(wide_
     check_exact(wide_model, 40, seed=2)
 
 
+def test_exact_logits_do_not_depend_on_how_deepstack_rows_are_cut(wide_deepstack_model: Any) -> None:
+    check_exact(wide_deepstack_model, 20, seed=4)
+
+
+def test_deepstack_rows_count(wide_deepstack_model: Any) -> None:
+    picture = wide_deepstack_model.picture(1)
+    tensors = {**picture.embedding.tensors, "deepstack_1": torch.zeros_like(picture.embedding.features)}
+    without = replace(picture, embedding=replace(picture.embedding, tensors=tensors))
+    answers = []
+    for image in (picture, without):
+        prompt = wide_deepstack_model.refer(wide_deepstack_model.prompt(1, image, *range(20)))
+        answers.append(wide_deepstack_model.engine().serve([prompt.request()])["r"])
+        assert prompt.check_tokens(answers[-1])
+    assert answers[0] != answers[1]
+
+
 @pytest.mark.soak
 def test_exact_logits_do_not_change_in_thousands_of_workloads(wide_model: Any) -> None:
     check_exact(wide_model, 1000, seed=3)
@@ -345,7 +361,7 @@ def test_requests_that_do_not_fit_together_are_refused(model: Any) -> None:
 
 def test_features_that_are_not_numbers_end_their_own_request_only(model: Any) -> None:
     bad = model.picture(1)
-    bad.features[3, 5] = math.nan
+    bad.embedding.features[3, 5] = math.nan
     good = model.prompts[5]
     engine = model.engine()
     engine.add_request(model.prompt(1, bad, 2).request("bad", temperature=1.0))
@@ -362,7 +378,9 @@ def test_features_that_are_not_numbers_end_their_own_request_only(model: Any) ->
 def test_an_image_is_served_again_after_its_features_were_not_numbers(model: Any) -> None:
     picture = model.picture(1)
     prompt = model.refer(model.prompt(1, picture, *range(20)))
-    damaged = replace(picture, features=picture.features * math.nan)
+    damaged = replace(
+        picture, embedding=VisionEmbedding({"features": picture.embedding.features * math.nan}, (1, 8, 10))
+    )
     engine = model.engine()
     assert finish(engine, model.prompt(1, damaged, *range(20)).request()) == ([], FinishReason.ERROR)
     tokens, reason = finish(engine, prompt.request())

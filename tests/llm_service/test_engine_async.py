@@ -116,7 +116,7 @@ async def test_a_request_refused_for_its_id_does_not_abort_the_other(engine: Asy
 
 async def test_logits_that_are_not_finite_are_an_error_of_one_request(engine: AsyncLLMEngine, model: Any) -> None:
     picture = model.picture(1)
-    picture.features.fill_(float("nan"))
+    picture.embedding.features.fill_(float("nan"))
     bad = collect(engine, model.prompt(1, picture, 2).request("bad"))
     good = collect(engine, model.prompts[1].request("good"))
     failure, outputs = await asyncio.gather(bad, good, return_exceptions=True)
