@@ -15,6 +15,7 @@ from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 from common import metrics
 from common.embedding import CHECKSUM, EmbeddingFormatError, EmbeddingSpec, Seal, VisionEmbedding, check, unpack
+from common.identity import image_of
 from common.miss_ratio import MissRatioCurve
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,7 @@ T = TypeVar("T")
 _MAX_FRAME_OVERHEAD = 128 * 1024  # prefix, header and padding of a packed embedding
 _MAX_READ_BYTES = 64 * 1024**2  # of a frame whose size nobody knows
 _MAX_PAST_USES = 4096
+_MAX_DISCARDED = 4096
 _LEASE_S = 2.0  # what a dead holder costs those who wait for it
 _LEASE_POLL_S = 0.05
 _MS_PER_BYTE = 2.5e-5  # 100 ms for 4 MiB: until the first entry of a known cost
@@ -43,10 +45,19 @@ class EmbeddingCache(Protocol):
     async def get_many(self, wanted: Mapping[str, EmbeddingSpec]) -> dict[str, CacheHit]:
         """The entries that are there and are what their image implies. Whatever goes wrong is a miss."""
 
-    def put(self, key: str, data: bytes, embedding: VisionEmbedding | None = None) -> None:
-        """Returns at once. `embedding` is what was unpacked from `data`, if it was: it saves doing so on a hit."""
+    @property
+    def moment(self) -> int:
+        """Taken when the making of an entry begins: see `put()`. Grows whenever an image is discarded."""
 
-    def put_local(self, key: str, data: bytes, embedding: VisionEmbedding | None = None) -> None:
+    def put(self, key: str, data: bytes, embedding: VisionEmbedding | None = None, *, since: int | None = None) -> None:
+        """Returns at once. `embedding` is what was unpacked from `data`, if it was: it saves doing so on a hit.
+
+        An entry whose image was discarded after the moment `since`, at which its making began, is not kept.
+        """
+
+    def put_local(
+        self, key: str, data: bytes, embedding: VisionEmbedding | None = None, *, since: int | None = None
+    ) -> None:
         """For this process alone: the entry is someone else's to publish."""
 
     async def claim(self, key: str, spec: EmbeddingSpec, holder: str) -> bool:
@@ -58,7 +69,13 @@ class EmbeddingCache(Protocol):
     def discard(self, key: str) -> None: ...
 
     def discard_image(self, mm_hash: str) -> None:
-        """Discards every entry of these bytes that this process has, whatever their namespace and params."""
+        """Discards every entry of these bytes that this process has, whatever their namespace and params.
+
+        What is being read or made now is not kept either.
+        """
+
+    async def sweep(self, mm_hash: str) -> None:
+        """Discards what the shared tier has of these bytes under any namespace and params; takes a while."""
 
     def clear_local(self) -> None: ...
 
@@ -221,6 +238,30 @@ class LocalTier:
             heapq.heapify(self._heap)
 
 
+class _Discarded:
+    """When images were discarded, in moments of this process: exact for the last `_MAX_DISCARDED`, else too late."""
+
+    def __init__(self) -> None:
+        self.now = 0
+        self._moments: OrderedDict[str, int] = OrderedDict()
+        self._of_all_others = 0
+
+    def record(self, mm_hash: str) -> None:
+        self.now += 1
+        self._moments[mm_hash] = self.now
+        self._moments.move_to_end(mm_hash)
+        if len(self._moments) > _MAX_DISCARDED:
+            self._of_all_others = self._moments.popitem(last=False)[1]
+
+    def record_all(self) -> None:
+        self.now += 1
+        self._of_all_others = self.now
+        self._moments.clear()
+
+    def is_after(self, moment: int, mm_hash: str) -> bool:
+        return moment < self._moments.get(mm_hash, self._of_all_others)
+
+
 class TieredCache:
     """The EmbeddingCache of both services: local first, then the shared tier, if there is one."""
 
@@ -230,6 +271,9 @@ class TieredCache:
         self._remote = remote
         self._lookups = MissRatioCurve()
         self._quarantined: set[str] = set()
+        self._discarded = _Discarded()
+        self._unswept: set[str] = set()
+        self._sweeping = asyncio.Lock()
 
     async def get_many(self, wanted: Mapping[str, EmbeddingSpec]) -> dict[str, CacheHit]:
         for key, spec in wanted.items():
@@ -245,13 +289,19 @@ class TieredCache:
         metrics.cache_misses.inc(len(wanted) - len(hits))
         return hits
 
-    def put(self, key: str, data: bytes, embedding: VisionEmbedding | None = None) -> None:
-        self.put_local(key, data, embedding)
-        if self._remote is not None and not self._is_quarantined(key):
+    @property
+    def moment(self) -> int:
+        return self._discarded.now
+
+    def put(self, key: str, data: bytes, embedding: VisionEmbedding | None = None, *, since: int | None = None) -> None:
+        self.put_local(key, data, embedding, since=since)
+        if self._remote is not None and self._is_wanted(key, since):
             self._remote.put(key, data)
 
-    def put_local(self, key: str, data: bytes, embedding: VisionEmbedding | None = None) -> None:
-        if not self._is_quarantined(key):
+    def put_local(
+        self, key: str, data: bytes, embedding: VisionEmbedding | None = None, *, since: int | None = None
+    ) -> None:
+        if self._is_wanted(key, since):
             self._local.put(key, Entry(data, embedding))
         if self._remote is not None and embedding is not None and embedding.encode_ms:
             self._remote.record_encode(len(data), embedding.encode_ms / 1000)
@@ -276,10 +326,23 @@ class TieredCache:
             self._remote.discard(key)
 
     def discard_image(self, mm_hash: str) -> None:
-        for key in [key for key in self._local if f":{mm_hash}:" in key]:
+        self._discarded.record(mm_hash)
+        for key in [key for key in self._local if image_of(key) == mm_hash]:
             self.discard(key)
 
+    async def sweep(self, mm_hash: str) -> None:
+        # Redis has no list of an image's entries, so all names are read: at one time for all who wait.
+        self._unswept.add(mm_hash)
+        async with self._sweeping:
+            if self._remote is None or mm_hash not in self._unswept:
+                return
+            swept, self._unswept = self._unswept, set()
+            for key in await self._remote.keys():
+                if image_of(key) in swept:
+                    self._remote.discard(key)
+
     def clear_local(self) -> None:
+        self._discarded.record_all()
         for key in list(self._local):
             self._local.discard(key)
 
@@ -329,6 +392,10 @@ class TieredCache:
         if self._remote is not None:
             await self._remote.aclose()
 
+    def _is_wanted(self, key: str, since: int | None) -> bool:
+        is_discarded = since is not None and self._discarded.is_after(since, image_of(key))
+        return not (is_discarded or self._is_quarantined(key))
+
     def _is_quarantined(self, key: str) -> bool:
         return key.partition(":")[0] in self._quarantined
 
@@ -345,13 +412,15 @@ class TieredCache:
         return CacheHit(embedding, entry.data, "local")
 
     async def _get_remote(self, remote: RemoteTier, key: str, spec: EmbeddingSpec) -> CacheHit | None:
+        since = self.moment
         data = await remote.get(key, _payload_bytes(spec) + _MAX_FRAME_OVERHEAD)
         if data is None:
             return None
         embedding = _checked(key, Entry(data, None), spec, self.seal)
         if embedding is None:
             return None  # the encoder's answer will overwrite it
-        self._local.put(key, Entry(data, embedding))
+        if self._is_wanted(key, since):
+            self._local.put(key, Entry(data, embedding))
         return CacheHit(embedding, data, "redis")
 
 

@@ -50,6 +50,11 @@ class EmbeddingNamespace:
         return f"{self}:{mm_hash}:{params}"
 
 
+def image_of(key: str) -> str:
+    """The `mm_hash` in a cache key."""
+    return key.partition(":")[2].partition(":")[0]
+
+
 def system_fingerprint(*, vision: EmbeddingNamespace, language_weights: str, mrope_rule: str, versions: str) -> str:
     """What an answer depends on besides the request: both halves' weights, versions, numerics mode, position rule."""
     return "fp_" + framed_digest(str(vision), language_weights, mrope_rule, versions)[:32]

@@ -54,6 +54,7 @@ _RESERVED_SHARE = 64  # this fraction of the memory is kept for what deleting it
 _NUM_CONNECTIONS = 4
 _SCAN_COUNT = 1000
 _POLL_S = 0.3
+_LISTEN_S = 0.1
 # The others are compressed already: zlib saves under 1 % of a JPEG, PNG or WebP, and under 5 % of a GIF.
 _COMPRESSIBLE = {"BMP"}
 
@@ -323,8 +324,15 @@ class DeletionWatcher:
         self._polling: asyncio.Task[None] | None = None
         self._turn = asyncio.Lock()
 
-    def start(self) -> None:
-        """Called with every request: before the first one this replica holds nothing that could be discarded."""
+    async def listen(self) -> None:
+        """Called before any work whose result is kept: what is deleted from then on is heard of.
+
+        The first call waits for the store, and not for long: without an answer all that is in the log will be
+        discarded later, however old.
+        """
+        if self._position is None:
+            with contextlib.suppress(UnavailableError, TimeoutError):
+                await asyncio.wait_for(self.poll(), _LISTEN_S)
         if self._polling is None or self._polling.done():
             self._polling = asyncio.create_task(self._poll_forever())
 
@@ -337,7 +345,8 @@ class DeletionWatcher:
         """What was deleted before has been discarded when it returns, and will not be once more."""
         async with self._turn:
             if self._position is None:
-                self._position = BEGINNING  # if the next line fails, this replica will hold something when it succeeds
+                # if the next line fails or is given up, this replica will hold something when it succeeds
+                self._position = BEGINNING
                 self._position = await self._store.last_deletion()
             for position, event in await self._store.deletions(self._position):
                 await self._discard(event)

@@ -37,6 +37,7 @@ T = TypeVar("T")
 _NUM_READERS = 4
 _PROBE_INTERVAL_S = 1.0
 _MAX_NAME_BYTES = 1024
+_DISCARD_AGAIN_S = 2.0
 _KEY = re.compile(r"[0-9a-f]{64}:[0-9a-f]{64}:.+")
 _TLS_OPTIONS = {"ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "ssl_check_hostname"}
 _OPTIONS = {"host", "port", "path", "username", "password", "db"}
@@ -156,6 +157,14 @@ class _Answer(NamedTuple):
 _FAILED = _Answer(None, 0.0)
 
 
+class _Write(NamedTuple):
+    """`data` None: the entry is to be removed, which is tried until it has expired anyway."""
+
+    key: str
+    data: bytes | None
+    deadline: float
+
+
 class _Lane:
     """Threads for one purpose, and the connections they block on."""
 
@@ -236,9 +245,10 @@ class RedisTier:
         self._num_failures = 0
         self._probing: asyncio.Task[bytes | None] | None = None
         self._next_probe = 0.0
-        self._unwritten: deque[tuple[str, bytes | None]] = deque()
+        self._unwritten: deque[_Write] = deque()
         self._num_unwritten_bytes = 0
         self._writing: asyncio.Task[None] | None = None
+        self._is_closed = False
 
     async def get(self, key: str, max_bytes: int) -> bytes | None:
         if self._breaker.is_open or not self._policy.pays(max_bytes):
@@ -256,10 +266,10 @@ class RedisTier:
             metrics.redis_dropped_writes.inc()
             return
         self._num_unwritten_bytes += len(data)
-        self._write_later(key, data)
+        self._write_later(_Write(key, data, 0.0))
 
     def discard(self, key: str) -> None:
-        self._write_later(key, None)
+        self._write_later(_Write(key, None, time.monotonic() + self._config.ttl_s))
 
     def record_encode(self, num_bytes: int, seconds: float) -> None:
         """What it took to make an entry. A read that is expected to take longer is not made."""
@@ -303,6 +313,7 @@ class RedisTier:
 
     async def aclose(self) -> None:
         """Gives the queued writes the time they may take, then drops what is left."""
+        self._is_closed = True
         if self._probing is not None:
             self._probing.cancel()
         if self._writing is not None:
@@ -351,26 +362,37 @@ class RedisTier:
             if cursor == b"0":
                 return
 
-    def _write_later(self, key: str, data: bytes | None) -> None:
-        self._unwritten.append((key, data))
+    def _write_later(self, write: _Write) -> None:
+        self._unwritten.append(write)
         if self._writing is None or self._writing.done():
             self._writing = asyncio.create_task(self._write_all())
 
     async def _write_all(self) -> None:
         while self._unwritten:
-            key, data = self._unwritten[0]
-            if not await self._write(key, data):
+            write = self._unwritten[0]
+            if not await self._write(write):
                 metrics.redis_dropped_writes.inc()
+                self._discard_again(write)
             self._unwritten.popleft()
-            self._num_unwritten_bytes -= len(data or b"")
+            self._num_unwritten_bytes -= len(write.data or b"")
 
-    async def _write(self, key: str, data: bytes | None) -> bool:
-        name = _name(key)
+    async def _write(self, write: _Write) -> bool:
+        name, data = _name(write.key), write.data
         if data is None:
             return (await self._call("unlink", self._writer, name, b"UNLINK", name)).reply is not None
         # Entries of one burst do not expire in one moment.
         ttl_ms = round(self._config.ttl_s * 1000 * random.uniform(0.9, 1.1))
-        return (await self._call("set", self._writer, name, b"SET", name, data, b"PX", b"%d" % ttl_ms)).reply == b"OK"
+        only_new = (b"SET", name, data, b"NX", b"PX", b"%d" % ttl_ms)
+        answer = await self._call("set", self._writer, name, *only_new)
+        if answer is not _FAILED and answer.reply is None:
+            # It is there, though nobody could read it. If it is pinned, it stays so.
+            answer = await self._call("set", self._writer, name, b"SET", name, data, b"XX", b"KEEPTTL")
+        return answer.reply == b"OK"
+
+    def _discard_again(self, write: _Write) -> None:
+        """What was to be removed must not be there for good because the server did not answer in that moment."""
+        if write.data is None and time.monotonic() < write.deadline and not self._is_closed:
+            asyncio.get_running_loop().call_later(_DISCARD_AGAIN_S, self._write_later, write)
 
     async def _call(
         self, operation: str, lane: _Lane, at: bytes | RedisEndpoint, *command: Argument, max_bytes: int = 0

@@ -8,7 +8,7 @@ from ray.serve.config import RequestRouterConfig
 from common.config import CacheConfig, ModelConfig
 from common.identity import EmbeddingNamespace
 from common.media import MediaItem
-from common.media_store import EVERYTHING, DeletionWatcher, open_media_store
+from common.media_store import DeletionWatcher, open_media_store
 from common.redis_store import open_cache
 from encoder_service.config import EncoderConfig
 from encoder_service.server import EncoderServer
@@ -26,12 +26,11 @@ class EncoderDeployment:
 
     def __init__(self, model: ModelConfig, config: EncoderConfig, cache: CacheConfig) -> None:
         replica = serve.get_replica_context().replica_tag
-        self._cache = open_cache(cache)
-        self._server = EncoderServer(model, config, self._cache, producer=replica)
-        self._deletions = DeletionWatcher(open_media_store(cache), self._discard)
+        self._server = EncoderServer(model, config, open_cache(cache), producer=replica)
+        self._deletions = DeletionWatcher(open_media_store(cache), self._server.discard)
 
     async def encode(self, item: MediaItem) -> bytes:
-        self._deletions.start()
+        await self._deletions.listen()
         return await self._server.encode(item)
 
     async def audit(self, item: MediaItem, namespace: str, digest: str) -> bool | None:
@@ -42,9 +41,3 @@ class EncoderDeployment:
 
     async def describe(self) -> EmbeddingNamespace:
         return await self._server.describe()
-
-    async def _discard(self, event: str) -> None:
-        if event == EVERYTHING:
-            self._cache.clear_local()
-        else:
-            self._cache.discard_image(event)

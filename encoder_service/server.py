@@ -18,6 +18,7 @@ from common.errors import InvalidRequestError
 from common.families import ImageGeometry
 from common.identity import EmbeddingNamespace, mm_hash
 from common.media import MediaItem, image_header
+from common.media_store import EVERYTHING
 from encoder_service.batcher import Batcher
 from encoder_service.config import EncoderConfig
 from encoder_service.encoder import VisionEncoder
@@ -45,6 +46,7 @@ class EncoderServer:
         self._in_flight: SingleFlight[bytes] = SingleFlight()
         self._cache = cache
         self._producer = producer
+        self._params: set[str] = set()  # of all images so far: a few, because requests choose among the details
         self.num_encoded = 0
 
     async def describe(self) -> EmbeddingNamespace:
@@ -58,6 +60,7 @@ class EncoderServer:
         """
         if mm_hash(item.data) != item.mm_hash:
             raise InvalidRequestError("the image bytes do not match their mm_hash")
+        self._params.add(str(item.params))
         key = self._encoder.namespace.key(item.mm_hash, str(item.params))
         return await self._in_flight.run(key, lambda: self._find_or_encode(key, item))
 
@@ -76,6 +79,15 @@ class EncoderServer:
             self._cache.quarantine(namespace)
         return is_right
 
+    async def discard(self, event: str) -> None:
+        """What was deleted: an image's `mm_hash`, or EVERYTHING, which empties this process and no other."""
+        if event == EVERYTHING:
+            self._cache.clear_local()
+            return
+        self._cache.discard_image(event)
+        for params in self._params:  # what was published a moment ago need not be in the local tier any more
+            self._cache.discard(self._encoder.namespace.key(event, params))
+
     def stats(self) -> dict[str, Any]:
         """How many images this replica has encoded and is working on, in JSON's types."""
         return {"producer": self._producer, "encoded": self.num_encoded, "in_flight": len(self._in_flight)}
@@ -83,6 +95,7 @@ class EncoderServer:
     async def _find_or_encode(self, key: str, item: MediaItem) -> bytes:
         # The caller missed a moment ago, but another replica may have published the image since. A store that does not
         # answer has cost the caller its time already, so it is not waited for once more.
+        since = self._cache.moment
         spec = self._spec(item)
         hits = await _soon(self._cache.get_many({key: spec}))
         hit = None if hits is None else hits.get(key)
@@ -94,7 +107,7 @@ class EncoderServer:
         embedding = await self._encode(item)
         data, packed = await self._on_thread(self._pack, key, embedding)
         metrics.encode_seconds.observe(time.perf_counter() - started)
-        self._cache.put(key, data, packed)
+        self._cache.put(key, data, packed, since=since)
         return data
 
     async def _encode(self, item: MediaItem) -> VisionEmbedding:

@@ -6,6 +6,7 @@ else, so that a repeated request can have the tokens of the first one.
 
 import json
 import logging
+import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 SLOT_BYTES = 16 * 1024  # the longest answer that is kept, packed
 
 _DIGEST_BYTES = 32
+_SECRET_BYTES = 32
 _REASONS = (FinishReason.STOP.value, FinishReason.LENGTH.value)
 
 
@@ -41,12 +43,26 @@ class AnswerCache:
 
     The cache is direct-mapped: a key has one slot of a fixed number, and a newer answer takes the place of an older.
     With a `secret`, nobody without it can write an answer that is believed.
+
+    Every image has a random secret of its own in the store. It is part of the keys of its answers, which are encrypted
+    under their keys: once it is gone, nobody finds or reads them any more, be they written before or a moment later by
+    a replica that has not heard of it yet.
     """
 
     def __init__(self, store: RemoteTier, max_bytes: int, secret: str | None = None) -> None:
         self._store = store
         self._num_slots = max(1, max_bytes // SLOT_BYTES)
         self._mac_key = blake3.blake3((secret or "").encode()).digest()
+
+    async def image_secrets(self, mm_hashes: Sequence[str]) -> list[str]:
+        """For `answer_key()`: those that are kept, and new ones of images that have none."""
+        slots = [self._image_slot(mm_hash) for mm_hash in mm_hashes]
+        secret_of = {slot: await self._image_secret(slot) for slot in dict.fromkeys(slots)}
+        return [secret_of[slot].hex() for slot in slots]
+
+    def discard_image(self, mm_hash: str) -> None:
+        """No answer about these bytes is given again that was begun before; others are lost with it now and then."""
+        self._store.discard(self._image_slot(mm_hash))
 
     async def get(self, key: str) -> Answer | None:
         data = await self._store.get(self._slot(key), SLOT_BYTES)
@@ -58,7 +74,8 @@ class AnswerCache:
         """Returns at once. An answer that is too long for a slot is not kept."""
         body: bytes = msgpack.packb([key, answer.finish_reason.value, answer.token_ids])
         if _DIGEST_BYTES + len(body) <= SLOT_BYTES:
-            self._store.put(self._slot(key), self._digest(body) + body)
+            encrypted = _encrypted(body, key)
+            self._store.put(self._slot(key), self._digest(encrypted) + encrypted)
 
     async def aclose(self) -> None:
         await self._store.aclose()
@@ -66,16 +83,27 @@ class AnswerCache:
     def _slot(self, key: str) -> str:
         return f"answer:{int(key[:16], 16) % self._num_slots}"
 
-    def _digest(self, body: bytes) -> bytes:
-        return blake3.blake3(body, key=self._mac_key).digest()
+    async def _image_secret(self, slot: str) -> bytes:
+        kept = await self._store.get(slot, _SECRET_BYTES)
+        if kept is not None and len(kept) == _SECRET_BYTES:
+            return bytes(kept)
+        secret = secrets.token_bytes(_SECRET_BYTES)
+        self._store.put(slot, secret)
+        return secret
+
+    def _image_slot(self, mm_hash: str) -> str:
+        return f"answer:image:{int(mm_hash[:16], 16) % self._num_slots}"
+
+    def _digest(self, encrypted: bytes) -> bytes:
+        return blake3.blake3(encrypted, key=self._mac_key).digest()
 
     def _unpack(self, data: bytes, key: str) -> Answer | None:
         """None unless every byte is as it was written, for this key."""
-        body = data[_DIGEST_BYTES:]
-        if self._digest(body) != data[:_DIGEST_BYTES]:
+        encrypted = data[_DIGEST_BYTES:]
+        if self._digest(encrypted) != data[:_DIGEST_BYTES]:
             return None
         try:
-            fields: Any = msgpack.unpackb(body)
+            fields: Any = msgpack.unpackb(_encrypted(encrypted, key))
         except (ValueError, msgpack.UnpackException):
             return None
         if not (isinstance(fields, list) and len(fields) == 3):
@@ -86,6 +114,12 @@ class AnswerCache:
         if not all(type(token_id) is int and 0 <= token_id < 2**31 for token_id in token_ids):
             return None
         return Answer(token_ids, FinishReason(reason))
+
+
+def _encrypted(text: bytes, key: str) -> bytes:
+    """With a key stream of BLAKE3; twice is the text itself. One key is only ever that of one answer."""
+    stream = blake3.blake3(key.encode(), derive_key_context="fovea: kept answers").digest(len(text))
+    return (int.from_bytes(text) ^ int.from_bytes(stream)).to_bytes(len(text))
 
 
 def open_answer_cache(config: CacheConfig) -> AnswerCache | None:
@@ -106,9 +140,18 @@ def answer_key(
     sampling_params: SamplingParams,
     stop: Sequence[str],
     image_keys: Sequence[str],
+    image_secrets: Sequence[str] = (),
 ) -> str:
-    """A digest of everything that a greedy answer depends on. The fingerprint names the tenant too."""
+    """A digest of everything that a greedy answer depends on, and of what ends with its images.
+
+    The fingerprint names the tenant too.
+    """
     parameters = asdict(sampling_params) | {"stop_token_ids": sorted(sampling_params.stop_token_ids)}
     return framed_digest(
-        fingerprint, json.dumps(list(prompt_token_ids)), json.dumps(parameters), json.dumps(list(stop)), *image_keys
+        fingerprint,
+        json.dumps(list(prompt_token_ids)),
+        json.dumps(parameters),
+        json.dumps(list(stop)),
+        *image_keys,
+        *image_secrets,
     )

@@ -112,6 +112,7 @@ class FeatureSource:
         return found
 
     async def _encode(self, image: ImageRequest) -> ImageFeatures:
+        since = self._cache.moment
         data = await self._encoder.encode(await image.whole_item())
         for _ in range(2):
             namespace = await self.namespace()
@@ -122,7 +123,8 @@ class FeatureSource:
                 logger.warning("the encoder's reply does not fit its namespace, asking again: %s", exc)
                 self._namespace = None  # an encoder with other weights may have been deployed
                 continue
-            self._cache.put_local(key, data, embedding)  # the encoder itself publishes to the shared tier
+            # the encoder itself publishes to the shared tier
+            self._cache.put_local(key, data, embedding, since=since)
             return ImageFeatures(key, embedding, "encoder", 0.0)
         raise UnavailableError("the encoder service gave an embedding that does not fit the image")
 

@@ -19,9 +19,10 @@ from common.errors import (
     UnavailableError,
 )
 from common.families import ImageGeometry
-from common.identity import EmbeddingNamespace
+from common.identity import EmbeddingNamespace, image_of
 from common.media import ImageHeader, MediaItem, MediaParams, image_header
 from common.media_store import EVERYTHING, DeletionWatcher, MediaRecord, MediaStore
+from llm_service.answer_cache import AnswerCache
 from llm_service.chat import AnyImagePart, Detail, ImagePart, MediaPart, check_content_hash
 from llm_service.features import FeatureSource, ImageFeatures, ImageRequest
 
@@ -51,6 +52,7 @@ class MediaLibrary:
         geometry: ImageGeometry,
         params: MediaParams,
         limits: ImageLimits,
+        answers: AnswerCache | None = None,
     ) -> None:
         self.store = store
         self.deletions = DeletionWatcher(store, self._discard)
@@ -58,21 +60,22 @@ class MediaLibrary:
         self._cache = cache
         self._geometry = geometry
         self._limits = limits
+        self._answers = answers
         low = dataclasses.replace(params, max_pixels=max(params.min_pixels, params.max_pixels // _LOW_DETAIL_SHARE))
         self.params = params
         self._params: dict[Detail, MediaParams] = {"auto": params, "low": low, "high": params, "original": params}
-        self._pinning: set[asyncio.Task[None]] = set()
+        self._pinning: dict[str, asyncio.Task[None]] = {}
 
     async def resolve(self, parts: Sequence[AnyImagePart]) -> list[ImageRequest]:
         """What to encode for each part, in order. Nothing is decoded; bytes of managed images are not read yet."""
-        self.deletions.start()
+        await self.deletions.listen()
         return [await self._resolve(part) for part in parts]
 
     async def add(
         self, source: bytes, *, ttl_s: float | None = None, pin: bool | None = None, prewarm: bool = False
     ) -> MediaStatus:
         """Keeps an image. The same bytes are the same media."""
-        self.deletions.start()
+        await self.deletions.listen()
         request, header = self._sent(source, "auto", "file")
         record = await self._keep(request, header, ttl_s, pin)
         if prewarm:
@@ -95,10 +98,14 @@ class MediaLibrary:
         return [await self._status(record) for record in page.records], page.has_more
 
     async def delete(self, media_id: str) -> None:
-        """Raises MediaNotFoundError. Here its embeddings are gone at once, elsewhere a moment later."""
+        """Raises MediaNotFoundError. Here its embeddings are gone at once, elsewhere a moment later.
+
+        What was being encoded or answered meanwhile is not kept.
+        """
         await self.deletions.poll()  # so that it listens from here on
-        await self.store.delete(media_id, await self._tenant())
+        record = await self.store.delete(media_id, await self._tenant())
         await self.deletions.poll()
+        await self._cache.sweep(record.mm_hash)  # those of other weights, dtypes or pixel budgets
 
     def pin_again(self, images: Sequence[ImageRequest], features: Sequence[ImageFeatures]) -> None:
         """Has embeddings of pinned media pinned that were encoded anew, or by someone who did not know of the pin."""
@@ -108,7 +115,7 @@ class MediaLibrary:
 
     async def warm(self, source: bytes) -> ImageFeatures:
         """Has an image encoded, unless it is cached, without keeping its bytes."""
-        self.deletions.start()
+        await self.deletions.listen()
         request, _ = self._sent(source, "auto", "file")
         return (await self._features.get_many([request]))[0]
 
@@ -129,11 +136,12 @@ class MediaLibrary:
 
     async def import_frame(self, key: str, frame: bytes) -> None:
         """Raises InvalidRequestError unless the frame is an embedding that the current encoder could have made."""
+        since = self._cache.moment
         if not key.startswith(f"{await self._features.namespace()}:"):
             raise InvalidRequestError("the embedding is of another model, device or version", code="other_namespace")
         if not await self._is_sound(key, frame):
             raise InvalidRequestError("the embedding is damaged or not of this model", code="invalid_embedding")
-        self._cache.put(key, frame)
+        self._cache.put(key, frame, since=since)
 
     async def report(self) -> Mapping[str, str | int]:
         """What the second store holds, in JSON's types."""
@@ -247,16 +255,20 @@ class MediaLibrary:
         if event == EVERYTHING:
             self._cache.clear_local()
             return
+        for key in [key for key in self._pinning if image_of(key) == event]:
+            self._pinning[key].cancel()
         self._cache.discard_image(event)
+        if self._answers is not None:
+            self._answers.discard_image(event)
         # The shared tier may have what this replica does not.
         namespace = await self._features.namespace()
         for params in (self.params, self._params["low"]):
             self._cache.discard(namespace.key(event, str(params)))
 
     def _pin_later(self, key: str) -> None:
-        task = asyncio.create_task(self._pin(key))
-        self._pinning.add(task)  # the event loop itself keeps tasks by weak reference only
-        task.add_done_callback(self._pinning.discard)
+        if key not in self._pinning:
+            self._pinning[key] = asyncio.create_task(self._pin(key))
+            self._pinning[key].add_done_callback(lambda _: self._pinning.pop(key))
 
     async def _pin(self, key: str) -> None:
         for _ in range(_PIN_ATTEMPTS):

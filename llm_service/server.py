@@ -152,7 +152,7 @@ class LLMServer:
         self._cache = cache
         self._answers = answers
         store = media_store if media_store is not None else open_media_store(CacheConfig())
-        self.media = MediaLibrary(store, self._features, cache, geometry, params, model.limits)
+        self.media = MediaLibrary(store, self._features, cache, geometry, params, model.limits, answers)
         self._defaults = generation_defaults(directory)
         self.engine: Engine = AsyncLLMEngine(engine)
         self.engine.start()
@@ -253,6 +253,7 @@ class LLMServer:
             sampling_params=sampling_params,
             stop=stop,
             image_keys=[namespace.key(image.item.mm_hash, str(image.item.params)) for image in images],
+            image_secrets=await self._answers.image_secrets([image.item.mm_hash for image in images]),
         )
 
     async def _known_answer(self, key: str | None) -> Answer | None:

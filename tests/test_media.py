@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import io
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,18 @@ from PIL import Image
 from common import metrics
 from common.cache import EmbeddingCache, LocalTier, TieredCache
 from common.config import MIB, CacheConfig, ModelConfig
+from common.embedding import VisionEmbedding
 from common.errors import UnavailableError
 from common.identity import mm_hash
 from common.local_redis import EMBEDDINGS, MEDIA, LocalRedis, RedisRole, find_redis_server
+from common.media import MediaItem
 from common.media_store import DeletionWatcher, LocalStorage, MediaStore, open_media_store
 from common.redis_store import open_cache
 from deploy.client import ClientError
 from deploy.media_client import check_export, read_export, write_export
 from encoder_service.config import EncoderConfig
 from encoder_service.server import EncoderServer
+from llm_service.answer_cache import AnswerCache, open_answer_cache
 from llm_service.api.app import create_app
 from llm_service.config import EngineConfig
 from llm_service.server import LLMServer
@@ -36,12 +39,19 @@ ENTRIES = "fovea:" + "[0-9a-f]" * 64 + ":*"  # and no leases
 class Replica:
     """One LLM replica with its own local tier, and HTTP in front of it."""
 
-    def __init__(self, checkpoint: Path, encoder: EncoderServer, cache: EmbeddingCache, store: MediaStore) -> None:
+    def __init__(
+        self,
+        checkpoint: Path,
+        encoder: EncoderServer,
+        cache: EmbeddingCache,
+        store: MediaStore,
+        answers: AnswerCache | None = None,
+    ) -> None:
         model = ModelConfig(path=str(checkpoint), served_name="tiny")
         self.cache = cache
         self.store = store
         self.encoder = encoder
-        self.server = LLMServer(model, EngineConfig(), cache, encoder, media_store=store)
+        self.server = LLMServer(model, EngineConfig(), cache, encoder, media_store=store, answers=answers)
         transport = httpx2.ASGITransport(create_app(self.server, admin_api=True))
         self.http = httpx2.AsyncClient(transport=transport, base_url="http://test")
 
@@ -87,9 +97,14 @@ async def replicas(tiny_checkpoint: Path) -> AsyncIterator[Callable[..., Replica
     """Makes replicas that end with the test."""
     started: list[Replica] = []
 
-    def start(store: MediaStore, encoder: EncoderServer | None = None, cache: EmbeddingCache | None = None) -> Replica:
+    def start(
+        store: MediaStore,
+        encoder: EncoderServer | None = None,
+        cache: EmbeddingCache | None = None,
+        answers: AnswerCache | None = None,
+    ) -> Replica:
         found = encoder if encoder is not None else encoder_of(tiny_checkpoint)
-        started.append(Replica(tiny_checkpoint, found, cache if cache is not None else local_cache(), store))
+        started.append(Replica(tiny_checkpoint, found, cache if cache is not None else local_cache(), store, answers))
         return started[-1]
 
     yield start
@@ -208,12 +223,8 @@ async def test_deletion_reaches_the_other_replica_and_the_encoder_within_a_secon
 ) -> None:
     store, encoder = local_store(), encoder_of(tiny_checkpoint)
     first, second = replicas(store, encoder), replicas(store, encoder)
-
-    async def discard(event: str) -> None:
-        encoder._cache.discard_image(event)
-
-    encoder_watcher = DeletionWatcher(store, discard)  # as in EncoderDeployment
-    encoder_watcher.start()
+    encoder_watcher = DeletionWatcher(store, encoder.discard)  # as in EncoderDeployment
+    await encoder_watcher.listen()
     added, kept = await first.add(picture(seed=1)), await first.add(picture(seed=2))
     for replica in (first, second):
         for one in (added, kept):
@@ -479,6 +490,16 @@ class TestOnRedis:
         await store.aclose()
 
     @pytest.fixture
+    async def services(
+        self, servers: CacheConfig, tiny_checkpoint: Path, replicas: Callable[..., Replica]
+    ) -> AsyncIterator["Services"]:
+        config = servers.model_copy(update={"local_bytes": 64 * MIB, "answer_cache_bytes": MIB})
+        found = Services(tiny_checkpoint, config, replicas)
+        await found.watcher.listen()
+        yield found
+        await found.aclose()
+
+    @pytest.fixture
     def embeddings(self, servers: CacheConfig) -> Iterator[redis.Redis]:
         assert servers.redis_url is not None
         with redis.Redis.from_url(servers.redis_url, protocol=2) as client:
@@ -507,6 +528,56 @@ class TestOnRedis:
         await shared.http.delete(path)
         await until(lambda: not list(embeddings.scan_iter(ENTRIES)))
 
+    async def test_encode_in_flight_at_a_deletion_leaves_nothing_in_any_tier_of_any_replica(
+        self, services: "Services", embeddings: redis.Redis, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asker, deleter = services.replicas
+        held = Held(services.encoder, monkeypatch)
+        added = await deleter.add(picture())
+        asking = asyncio.create_task(asker.ask(reference(added["id"])))
+        await held.begun.wait()
+        await deleter.http.delete(f"/v1/media/{added['id']}")
+        await asyncio.sleep(0.9)  # until everyone has heard
+        held.go_on.set()
+        assert text_of(await asking)
+        await services.written()
+        assert [await cache.keys() for cache in services.caches] == [[], [], []]
+        assert not list(embeddings.scan_iter(ENTRIES))
+
+        assert source_of(await asker.ask(inline(picture()))) == "encoder"  # and whoever sends it anew is served as ever
+        assert source_of(await asker.ask(inline(picture()), max_tokens=5)) == "local"
+
+    async def test_embedding_that_is_written_before_the_encoder_hears_of_the_deletion_is_removed_when_it_does(
+        self, services: "Services", embeddings: redis.Redis, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asker, deleter = services.replicas
+        held = Held(services.encoder, monkeypatch)
+        added = await deleter.add(picture())
+        asking = asyncio.create_task(asker.ask(reference(added["id"])))
+        await held.begun.wait()
+        async with services.watcher._turn:  # the encoder does not hear yet
+            await deleter.http.delete(f"/v1/media/{added['id']}")
+            await asker.server.media.deletions.poll()
+            await services.written()
+            held.go_on.set()
+            assert text_of(await asking)
+            await services.written()
+            assert list(embeddings.scan_iter(ENTRIES))
+            for key in await services.caches[0].keys():
+                services.encoder._cache._local.discard(key)  # it has left the local tier meanwhile
+        await services.watcher.poll()
+        await until(lambda: not list(embeddings.scan_iter(ENTRIES)))
+
+    async def test_deletion_reaches_embeddings_of_earlier_models_and_budgets(
+        self, shared: Replica, embeddings: redis.Redis
+    ) -> None:
+        added, other = await shared.add(picture()), await shared.add(picture(seed=1))
+        for digest in (added["blake3"], other["blake3"]):
+            embeddings.set(f"fovea:{'0' * 64}:{digest}:max_pixels=5", b"an embedding of other weights", px=60_000)
+        await shared.http.delete(f"/v1/media/{added['id']}")
+        await until(lambda: len(list(embeddings.scan_iter(ENTRIES))) == 1)
+        assert other["blake3"].encode() in next(embeddings.scan_iter(ENTRIES))
+
     async def test_pinned_embedding_has_no_ttl_and_gets_none_when_it_is_encoded_again(
         self, shared: Replica, embeddings: redis.Redis
     ) -> None:
@@ -522,6 +593,41 @@ class TestOnRedis:
         text_of(await shared.ask(reference(added["id"])))
         await until(lambda: ttls() == [-1])
 
+    async def test_pinned_embedding_stays_pinned_when_an_encoder_writes_it_again(
+        self, shared: Replica, embeddings: redis.Redis
+    ) -> None:
+        await shared.add(picture(), prewarm="true", pin="true")
+
+        def ttls() -> list[int]:
+            return [embeddings.pttl(name) for name in embeddings.scan_iter(ENTRIES)]
+
+        await until(lambda: ttls() == [-1])
+        (key,) = await shared.cache.keys()
+        frame = await shared.cache.read(key)
+        assert frame is not None
+        shared.encoder._cache.put(key, frame)
+        await written(shared.encoder._cache)
+        assert ttls() == [-1]
+
+    async def test_kept_answer_about_a_deleted_image_is_not_given_again(
+        self, services: "Services", monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asker, deleter = services.replicas
+        added = await deleter.add(picture())
+        other = await deleter.add(picture(seed=1))
+
+        async def answered_from_the_cache(media_id: str) -> bool:
+            return source_of(await asker.ask(reference(media_id))) == "answer"
+
+        for one in (added, other):
+            await until_async(lambda one=one: answered_from_the_cache(one["id"]))
+        await deleter.http.delete(f"/v1/media/{added['id']}")
+        again = await deleter.add(picture())
+        assert again["id"] == added["id"]
+        await asyncio.sleep(0.5)
+        assert not await answered_from_the_cache(again["id"])
+        assert await answered_from_the_cache(other["id"])
+
     async def test_purge_empties_redis(self, shared: Replica, embeddings: redis.Redis) -> None:
         for seed in range(3):
             await shared.add(picture(seed=seed), prewarm="true")
@@ -529,6 +635,59 @@ class TestOnRedis:
         assert (await shared.http.delete("/v1/cache")).json()["entries"] == 3
         await until(lambda: not list(embeddings.scan_iter(ENTRIES)))
         assert len((await shared.http.get("/v1/media")).json()["data"]) == 3
+
+
+class Services:
+    """Two LLM replicas that keep answers and one encoder with its watcher, as deployed; each with a local tier."""
+
+    def __init__(self, checkpoint: Path, config: CacheConfig, replicas: Callable[..., Replica]) -> None:
+        self.caches = [open_cache(config) for _ in range(3)]
+        self.encoder = encoder_of(checkpoint, self.caches[0])
+        self.stores = [open_media_store(config) for _ in range(3)]
+        self.watcher = DeletionWatcher(self.stores[0], self.encoder.discard)
+        self.answers = [open_answer_cache(config) for _ in range(2)]
+        self.replicas = [
+            replicas(store, self.encoder, cache, answers)
+            for store, cache, answers in zip(self.stores[1:], self.caches[1:], self.answers, strict=True)
+        ]
+
+    async def written(self) -> None:
+        for cache in self.caches:
+            await written(cache)
+
+    async def aclose(self) -> None:
+        await self.watcher.aclose()
+        await self.caches[0].aclose()
+        for closing in (*self.stores, *self.answers):
+            assert closing is not None
+            await closing.aclose()
+
+
+class Held:
+    """An encoder's next encode, which goes on when it is told to."""
+
+    def __init__(self, encoder: EncoderServer, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.go_on = asyncio.Event(), asyncio.Event()
+        self._encode = encoder._encode
+        monkeypatch.setattr(encoder, "_encode", self)
+
+    async def __call__(self, item: MediaItem) -> VisionEmbedding:
+        self.begun.set()
+        await self.go_on.wait()
+        return await self._encode(item)
+
+
+async def written(cache: EmbeddingCache) -> None:
+    """Until what was put and discarded is in Redis."""
+    await until(lambda: not cache._remote._unwritten)  # type: ignore[attr-defined]
+
+
+async def until_async(condition: Callable[[], Awaitable[bool]]) -> None:
+    for _ in range(20):
+        if await condition():
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError("not reached in time")
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:

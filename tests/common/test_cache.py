@@ -40,6 +40,9 @@ class DictTier:
     async def lease(self, key: str, holder: str, seconds: float, max_bytes: int) -> bool:
         return self.holders.setdefault(key, holder) == holder
 
+    async def keys(self) -> list[str]:
+        return list(self.values)
+
     def stats(self) -> dict[str, int]:
         return {"num_gets": self.num_gets}
 
@@ -184,6 +187,64 @@ async def test_what_is_discarded_is_in_no_tier(
     cache.put("k", pack(embedding, key="k"))
     cache.discard("k")
     assert await cache.get_many({"k": spec}) == {}
+
+
+def key_of(image: str, params: str = "p") -> str:
+    return f"namespace:{image}:{params}"
+
+
+async def test_what_was_begun_before_its_image_was_discarded_is_not_kept(
+    cache: TieredCache, remote: DictTier, embedding: VisionEmbedding, spec: EmbeddingSpec
+) -> None:
+    before = cache.moment
+    cache.discard_image("a")
+    for image in "ab":
+        cache.put(key_of(image), pack(embedding, key=key_of(image)), since=before)
+    assert remote.values.keys() == {key_of("b")} == set(await cache.get_many({key_of(i): spec for i in "ab"}))
+    cache.put(key_of("a"), pack(embedding, key=key_of("a")), since=cache.moment)
+    assert key_of("a") in remote.values
+
+
+async def test_what_was_begun_before_everything_was_discarded_is_not_kept(
+    cache: TieredCache, remote: DictTier, embedding: VisionEmbedding
+) -> None:
+    before = cache.moment
+    cache.clear_local()
+    cache.put(key_of("a"), pack(embedding, key=key_of("a")), since=before)
+    assert remote.values == {}
+
+
+async def test_of_many_discarded_images_none_comes_back(
+    cache: TieredCache, remote: DictTier, embedding: VisionEmbedding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.cache._MAX_DISCARDED", 10)
+    before = cache.moment
+    for index in range(50):
+        cache.discard_image(str(index))
+    for index in range(50):
+        cache.put(key_of(str(index)), pack(embedding, key=key_of(str(index))), since=before)
+    assert remote.values == {}
+
+
+async def test_read_of_redis_during_which_its_image_was_discarded_is_not_kept(
+    remote: DictTier, embedding: VisionEmbedding, spec: EmbeddingSpec
+) -> None:
+    class DiscardsMeanwhile(DictTier):
+        async def get(self, key: str, max_bytes: int) -> bytes | None:
+            cache.discard_image("a")
+            return await super().get(key, max_bytes)
+
+    cache = TieredCache(LocalTier(1024**2), slow := DiscardsMeanwhile())
+    slow.values[key_of("a")] = pack(embedding, key=key_of("a"))
+    assert (await cache.get_many({key_of("a"): spec})).keys() == {key_of("a")}
+    assert await cache.tiers(key_of("a")) == ["redis"]
+
+
+async def test_sweep_finds_an_image_under_every_namespace_and_params(cache: TieredCache, remote: DictTier) -> None:
+    names = [f"{namespace}:{image}:{params}" for namespace in "xy" for image in "abc" for params in "pq"]
+    remote.values = dict.fromkeys(names, b"")
+    await asyncio.gather(*(cache.sweep(image) for image in "ab"))
+    assert set(remote.values) == {name for name in names if ":c:" in name}
 
 
 async def test_without_redis_the_local_tier_is_the_cache(embedding: VisionEmbedding, spec: EmbeddingSpec) -> None:

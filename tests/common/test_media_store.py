@@ -175,8 +175,8 @@ async def test_watcher_hears_of_every_deletion_once_and_within_a_second(config: 
     records = [await add(store, bytes([n])) for n in range(4)]
     await store.delete(records[3].id, "")  # before this replica holds anything
     watcher = DeletionWatcher(store, discard)
-    watcher.start()
-    watcher.start()
+    await watcher.listen()
+    await watcher.listen()
     await asyncio.sleep(0.05)
     for record in records[:2]:
         await store.delete(record.id, "")
@@ -199,7 +199,7 @@ async def test_replica_that_began_without_the_store_hears_of_all_that_it_missed(
     with monkeypatch.context() as patched:
         patched.setattr(store, "last_deletion", fail)
         watcher = DeletionWatcher(store, heard.put)
-        watcher.start()
+        await watcher.listen()
         await asyncio.sleep(0.05)
     await store.delete(record.id, "")
     assert await asyncio.wait_for(heard.get(), timeout=1) == record.mm_hash

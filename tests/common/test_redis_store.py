@@ -226,6 +226,38 @@ class TestWithAServer:
         assert client.persist("fovea:pinned") == 0
         assert not await tier.pin("absent")
 
+    async def test_a_pinned_entry_stays_pinned_when_it_is_written_again(
+        self, tier: RedisTier, client: redis.Redis
+    ) -> None:
+        tier.put("kept", b"value")
+        await eventually(lambda: tier.pin("kept"))
+        tier.put("kept", b"other")
+
+        async def is_written() -> bool:
+            return stored(client, "kept") == b"other"
+
+        await eventually(is_written)
+        assert client.persist("fovea:kept") == 0
+
+    async def test_a_discard_that_the_server_did_not_hear_is_made_later(
+        self, local_redis: LocalRedis, tier: RedisTier, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("common.redis_store._DISCARD_AGAIN_S", 0.05)
+        client.set("fovea:unheard", b"value")
+        proxy = FaultProxy(socket_of(local_redis), latency_s=60.0, bytes_per_s=0)
+        with proxy:
+            slow = RedisTier(CacheConfig(), at_port(local_redis, proxy.port))
+            slow.discard("unheard")
+            await asyncio.sleep(0.3)
+            assert stored(client, "unheard") == b"value"
+            proxy.latency_s = 0.0
+
+            async def is_gone() -> bool:
+                return not stored(client, "unheard")
+
+            await eventually(is_gone)
+            await slow.aclose()
+
     async def test_keys_are_those_of_embeddings(self, tier: RedisTier, client: redis.Redis) -> None:
         keys = [f"{n:064x}:{n:064x}:max_pixels=1" for n in range(1500)]
         for key in keys:

@@ -9,8 +9,9 @@ import msgpack
 import pytest
 
 from common.config import MIB, CacheConfig
+from common.identity import mm_hash
 from common.local_redis import LocalRedis, find_redis_server
-from llm_service.answer_cache import SLOT_BYTES, Answer, AnswerCache, answer_key, open_answer_cache
+from llm_service.answer_cache import SLOT_BYTES, Answer, AnswerCache, _encrypted, answer_key, open_answer_cache
 from llm_service.engine.request import FinishReason, SamplingParams
 from tests.common.test_cache import DictTier
 
@@ -46,6 +47,7 @@ async def test_answer_is_what_was_put() -> None:
         {"image_keys": ["b", "a"]},
         {"image_keys": ["ab"]},
         {"image_keys": []},
+        {"image_secrets": ["s"]},
     ],
     ids=str,
 )
@@ -90,7 +92,7 @@ async def test_damaged_value_is_a_miss(damage: Callable[[bytes], bytes]) -> None
 async def test_hostile_value_with_a_right_digest_is_a_miss(fields: object) -> None:
     store = DictTier()
     cache = AnswerCache(store, SLOT_BYTES)
-    body = msgpack.packb(fields)
+    body = _encrypted(msgpack.packb(fields), key())
     store.put("answer:0", blake3.blake3(body, key=blake3.blake3(b"").digest()).digest() + body)
     assert await cache.get(key()) is None
 
@@ -99,6 +101,31 @@ async def test_answer_written_without_the_secret_is_a_miss() -> None:
     store = DictTier()
     AnswerCache(store, 2**20).put(key(), ANSWER)
     assert await AnswerCache(store, 2**20, secret="s3cret").get(key()) is None
+
+
+async def test_answers_about_a_deleted_image_are_not_found_again_be_they_written_before_or_after() -> None:
+    store = DictTier()
+    replica, other = AnswerCache(store, 2**20), AnswerCache(store, 2**20)
+    images = [mm_hash(b"deleted"), mm_hash(b"kept")]
+    both, kept = await replica.image_secrets(images), await replica.image_secrets(images[1:])
+    late = key(fingerprint="late", image_secrets=await other.image_secrets(images))
+    replica.put(key(image_secrets=both), ANSWER)
+    replica.put(key(image_secrets=kept), ANSWER)
+
+    replica.discard_image(images[0])
+    other.put(late, ANSWER)  # it was being made, and `other` has not heard
+
+    again = await replica.image_secrets(images)
+    for fingerprint in ("fp", "late"):
+        assert await replica.get(key(fingerprint=fingerprint, image_secrets=again)) is None
+    assert await replica.get(key(image_secrets=again[1:])) == ANSWER
+
+
+async def test_answer_is_not_readable_without_its_key() -> None:
+    store = DictTier()
+    AnswerCache(store, 2**20).put(key(), Answer([77] * 50, FinishReason.STOP))
+    (value,) = store.values.values()
+    assert bytes([77] * 5) not in value and key().encode() not in value
 
 
 async def test_answers_keep_within_their_budget() -> None:
