@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXIT ?=
 
-.PHONY: setup demo test check soak clean
+.PHONY: setup demo test check soak screenshots clean
 
 setup: .venv/ready
 
@@ -27,6 +27,10 @@ check: setup ## formatting, lint, types
 
 soak: setup ## the same tests at full counts
 	$(BIN)/python -m pytest
+
+screenshots: setup ## the pictures of the page in docs/, made by its browser test
+	mkdir -p docs
+	$(BIN)/python -m pytest tests/test_page.py --screenshots=docs
 
 clean:
 	rm -rf .venv build *.egg-info

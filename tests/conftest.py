@@ -1,7 +1,11 @@
 """Tiny real models, pictures, and the stand-ins for the seams between the services."""
 
+import contextlib
 import io
 import json
+import socket
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import uvicorn
 from PIL import Image
+from starlette.types import ASGIApp
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -49,6 +55,10 @@ CHAT_TEMPLATE = (
 CORPUS = ["What colour is the circle?", "How many shapes are there?", "Describe the picture from left to right."] * 4
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--screenshots", metavar="DIR", help="where the tests of the page keep its pictures")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     # Features depend on the number of threads, and the service uses one.
@@ -70,6 +80,21 @@ def one_piece(tiny_checkpoint: Path) -> PreTrainedModel:
 @pytest.fixture
 def memory_cache() -> Iterator[TieredCache]:
     yield TieredCache(LocalTier(64 * 1024**2), None)
+
+
+@contextlib.contextmanager
+def serving(app: ASGIApp) -> Iterator[str]:
+    """The URL of an app that is served on a socket of this process, without Ray."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        config = uvicorn.Config(app, log_level="error", ws="none", lifespan="off", timeout_graceful_shutdown=5)
+        http = uvicorn.Server(config)
+        thread = threading.Thread(target=http.run, kwargs={"sockets": [listening]})
+        thread.start()
+        while not http.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        http.should_exit = True
+        thread.join()
 
 
 def picture(height: int = 56, width: int = 84, seed: int = 0, format: str = "PNG") -> bytes:

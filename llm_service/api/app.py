@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common import metrics
 from common.errors import InvalidRequestError, PayloadTooLargeError, ServingError
-from llm_service.api import chat_completions, media
+from llm_service.api import chat_completions, media, page
 from llm_service.api.stream import error_body
 from llm_service.server import LLMServer
 
@@ -32,6 +32,7 @@ def create_app(server: LLMServer, *, admin_api: bool = False) -> FastAPI:
     if admin_api:
         app.include_router(media.create_admin_router(server))
     app.include_router(_status_router(server))
+    app.include_router(page.create_router())
     app.add_exception_handler(ServingError, _on_serving_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)

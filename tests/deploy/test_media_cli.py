@@ -1,13 +1,10 @@
 """`fovea media` and `fovea cache` against a service on a socket, without Ray."""
 
 import json
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import uvicorn
 from typer.testing import CliRunner, Result
 
 from common.cache import LocalTier, TieredCache
@@ -21,7 +18,7 @@ from encoder_service.server import EncoderServer
 from llm_service.api.app import create_app
 from llm_service.config import EngineConfig
 from llm_service.server import LLMServer
-from tests.conftest import picture
+from tests.conftest import picture, serving
 
 Fovea = Callable[..., Result]
 
@@ -32,17 +29,8 @@ def url(tiny_checkpoint: Path) -> Iterator[str]:
     encoder = EncoderServer(model, EncoderConfig(), TieredCache(LocalTier(MIB), None))
     store = MediaStore(LocalStorage(MIB), ttl_s=60, max_pinned_bytes=MIB)
     server = LLMServer(model, EngineConfig(), TieredCache(LocalTier(64 * MIB), None), encoder, media_store=store)
-    port = free_port()
-    http = uvicorn.Server(
-        uvicorn.Config(create_app(server, admin_api=True), port=port, log_level="error", ws="none", lifespan="off")
-    )
-    thread = threading.Thread(target=http.run)
-    thread.start()
-    while not http.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{port}"
-    http.should_exit = True
-    thread.join()
+    with serving(create_app(server, admin_api=True)) as url:
+        yield url
     server.engine.shutdown()
 
 
