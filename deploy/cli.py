@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from deploy import media_cli
+from deploy import config_cli, media_cli
 from deploy.bench.cli import bench
 
 app = typer.Typer(
@@ -23,9 +23,13 @@ app = typer.Typer(
 
 app.add_typer(media_cli.media, name="media")
 app.add_typer(media_cli.cache, name="cache")
+app.add_typer(config_cli.config, name="config")
 app.add_typer(bench, name="bench")
 
 Url = Annotated[str, typer.Option(help="Where the service answers.")]
+ApiKey = Annotated[
+    str | None, typer.Option(envvar="FOVEA_API_KEY", help="For a service with keys.", show_default=False)
+]
 Dashboard = Annotated[str, typer.Option(help="Ray's dashboard, through which the application is managed.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="A Serve YAML; default: serve_shapes.yaml, CPU.")]
 
@@ -109,16 +113,71 @@ def demo(
 def ask(
     images_and_question: Annotated[list[str], typer.Argument(metavar="IMAGE... QUESTION")],
     url: Url = _URL,
+    api_key: ApiKey = None,
     max_tokens: Annotated[int | None, typer.Option(min=1)] = None,
 ) -> None:
     """Ask about pictures; the answer streams in. Without a picture the question stands alone."""
     from deploy import client
 
     *images, question = images_and_question
-    answer = client.Client(url).ask([Path(image) for image in images], question, print_text=True, max_tokens=max_tokens)
+    with client.Client(url, api_key) as service:
+        answer = service.ask([Path(image) for image in images], question, print_text=True, max_tokens=max_tokens)
     for image, receipt in zip(images, answer.images, strict=True):
         print(f"  {image}: {receipt['tokens']} tokens from {receipt['source']} in {receipt['wait_ms']:.1f} ms")
     print(f"  {answer.num_tokens} tokens in {answer.seconds * 1000:.0f} ms")
+
+
+@app.command()
+def chat(
+    images: Annotated[list[Path] | None, typer.Argument(metavar="[IMAGE]...")] = None,
+    url: Url = _URL,
+    api_key: ApiKey = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1)] = None,
+    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
+) -> None:
+    """Talk about pictures: name their paths anywhere in what you type. /help says more."""
+    from deploy import chat as conversation
+    from deploy.client import Client
+
+    with Client(url, api_key) as client:
+        conversation.run(client, images or [], system=system, max_tokens=max_tokens)
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="A checkpoint directory or hub id; only its config is read.")],
+    gpu: Annotated[str, typer.Option(help="Memory of one GPU, as in 80GB.")] = "80GB",
+    image: Annotated[str, typer.Option(help="Width x height of a typical picture.")] = "1024x1024",
+    images: Annotated[int, typer.Option(min=1, help="Pictures in a request.")] = 1,
+    text_tokens: Annotated[int, typer.Option(min=1)] = 106,
+    output_tokens: Annotated[int, typer.Option(min=1)] = 100,
+    reuse: Annotated[float, typer.Option(min=0, max=0.999, help="Share of pictures found in the cache.")] = 0.0,
+    tflops: Annotated[float, typer.Option(min=1, help="Of the GPU, bf16 matrix products.")] = 790,
+    bandwidth: Annotated[float, typer.Option(min=0.01, help="Of its memory, in TB/s.")] = 4.3,
+    max_pixels: Annotated[
+        int | None, typer.Option(min=1, help="As model.max_pixels; default: the checkpoint's.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """What a model needs, before anything is loaded: weights, KV, embeddings, sequences, encoders per decoder."""
+    from deploy import plan as planning
+
+    load = planning.Load(*planning.size_of(image), images, text_tokens, output_tokens, reuse)
+    hardware = planning.Hardware(planning.bytes_of(gpu), tflops * 1e12, bandwidth * 1e12)
+    planning.run(model, load, hardware, max_pixels=max_pixels, as_json=as_json)
+
+
+@app.command()
+def doctor(
+    config: ConfigFile = None,
+    model: Annotated[str | None, typer.Option(help="The checkpoint to look at; default: the configuration's.")] = None,
+) -> None:
+    """Look at what Fovea needs here, and say how to mend what is wrong."""
+    from deploy import doctor as examination
+    from deploy import service
+
+    configured = service.application_config(config=config or service.DEFAULT_CONFIG, model=model)
+    raise typer.Exit(0 if examination.run(configured) else 1)
 
 
 @app.command()

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx2
 
@@ -31,12 +31,19 @@ class Answer:
 
 
 class Client:
-    """Asks about pictures at one URL. Thread-safe."""
+    """Asks about pictures at one URL, with a key if the service wants one. Thread-safe."""
 
-    def __init__(self, url: str) -> None:
-        self._http = httpx2.Client(base_url=url, timeout=TIMEOUT_S)
+    def __init__(self, url: str, api_key: str | None = None) -> None:
+        headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+        self._http = httpx2.Client(base_url=url, timeout=TIMEOUT_S, headers=headers)
         self._url = url
         self._model: str | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
     def close(self) -> None:
         self._http.close()
@@ -45,7 +52,10 @@ class Client:
         """The name of the model that is served."""
         if self._model is None:
             try:
-                self._model = self._http.get("/v1/models").raise_for_status().json()["data"][0]["id"]
+                response = self._http.get("/v1/models")
+                if response.status_code in (401, 403):
+                    raise ClientError(f"{self._url} wants a key: give --api-key or set FOVEA_API_KEY")
+                self._model = response.raise_for_status().json()["data"][0]["id"]
             except (httpx2.HTTPError, ValueError, KeyError) as exc:
                 raise ClientError(f"no Fovea service answers at {self._url}; start one with `fovea up`") from exc
         assert self._model is not None
@@ -65,11 +75,22 @@ class Client:
         temperature: float | None = None,
         print_text: bool = False,
     ) -> Answer:
-        """Streams one answer. Raises ClientError with the service's own message if it refuses or fails."""
-        content = [_image_part(image) for image in images] + [{"type": "text", "text": question}]
+        """Streams the answer to one question. Raises as `chat` does."""
+        message = user_message(images, question)
+        return self.chat([message], max_tokens=max_tokens, temperature=temperature, print_text=print_text)
+
+    def chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        print_text: bool = False,
+    ) -> Answer:
+        """Streams the next answer. Raises ClientError with the service's own message if it refuses or fails."""
         body: dict[str, Any] = {
             "model": self.model(),
-            "messages": [{"role": "user", "content": content}],
+            "messages": messages,
             "stream": True,
             "stream_options": {"include_usage": True},
         }
@@ -92,6 +113,11 @@ class Client:
         if print_text:
             print(flush=True)
         return answer
+
+
+def user_message(images: Sequence[Path | bytes], text: str) -> dict[str, Any]:
+    """Raises ClientError if a file cannot be read."""
+    return {"role": "user", "content": [*map(_image_part, images), {"type": "text", "text": text}]}
 
 
 def _add(answer: Answer, chunk: dict[str, Any], print_text: bool) -> None:

@@ -56,7 +56,7 @@ def application_config(
 ) -> dict[str, Any]:
     """The declarative configuration in `config`, with what was given in its place."""
     loaded: dict[str, Any] = yaml.safe_load(config.read_text())
-    application = _application(loaded)
+    application = application_of(loaded)
     arguments = application.setdefault("args", {})
     if model is not None:
         arguments["model"] = {**arguments.get("model", {}), "path": _absolute_if_directory(model)}
@@ -233,7 +233,7 @@ def scale(client: ServeSubmissionClient, deployment: str, replicas: int) -> None
         raise ServiceError(f"replicas must be at least 1, not {replicas}")
     details_of(client)
     config = _deployed(client)
-    _deployment(_application(config), deployment)["num_replicas"] = replicas
+    _deployment(application_of(config), deployment)["num_replicas"] = replicas
     client.deploy_applications(config)
 
 
@@ -264,7 +264,8 @@ def _deployed(client: ServeSubmissionClient) -> dict[str, Any]:
     }
 
 
-def _application(config: dict[str, Any]) -> dict[str, Any]:
+def application_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Fovea's part of a Serve configuration. Raises ServiceError if it has none."""
     for application in config["applications"]:
         if application["name"] == APPLICATION:
             assert isinstance(application, dict)
