@@ -8,6 +8,7 @@ import heapq
 import itertools
 import logging
 import math
+import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
@@ -135,6 +136,7 @@ class Entry(NamedTuple):
 class _Resident:
     entry: Entry
     ms_per_byte: float  # what keeping one byte of it saves at each use
+    expires: float
     order: int
     num_uses: int
     priority: float
@@ -149,8 +151,9 @@ class LocalTier:
     so that one which comes back weighs more than one which comes once. A use is O(1), an eviction O(log n), amortised.
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, ttl_s: float = math.inf) -> None:
         self.max_bytes = max_bytes
+        self._ttl_s = ttl_s
         self.num_bytes = 0
         self._residents: dict[str, _Resident] = {}
         # (priority, order, key). A use raises the priority of the resident, not of its item here, which is put right
@@ -175,6 +178,9 @@ class LocalTier:
         resident = self._residents.get(key)
         if resident is None:
             return None
+        if resident.expires <= time.monotonic():
+            self.discard(key)
+            return None
         resident.num_uses += 1
         resident.priority = self._priority(resident.num_uses, resident.ms_per_byte)
         return resident.entry
@@ -188,7 +194,8 @@ class LocalTier:
             return
         ms_per_byte = self._ms_per_byte(entry)
         priority = self._priority(num_uses, ms_per_byte)
-        resident = _Resident(entry, ms_per_byte, next(self._order), num_uses, priority)
+        expires = time.monotonic() + self._ttl_s
+        resident = _Resident(entry, ms_per_byte, expires, next(self._order), num_uses, priority)
         self._residents[key] = resident
         self.num_bytes += len(entry.data)
         heapq.heappush(self._heap, (priority, resident.order, key))

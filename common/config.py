@@ -66,6 +66,11 @@ class CacheConfig(Config):
     answer_cache_bytes: int = Field(
         0, ge=0, description="`exact` numerics: answers of greedy requests kept in Redis; 0: none"
     )
+    pixel_alias: bool = Field(
+        False,
+        description="files with the same pixels share an embedding: an image in no tier is decoded once more to "
+        "compare, and deleting one file deletes the embeddings of all of them",
+    )
     secret: SecretStr | None = Field(
         None, min_length=16, description="entries are sealed with BLAKE3 under it, and others refused; default: xxh3"
     )

@@ -37,7 +37,8 @@ EMBEDDINGS = RedisRole("volatile-lfu", "+getrange +set +unlink +ping +persist +s
 # What managed media are made from must not be lost: a write is refused instead. Those of media_store.py.
 MEDIA = RedisRole(
     "noeviction",
-    "+mget +set +get +del +pexpire +persist +scan +hset +hdel +hvals +xadd +xrange +xrevrange +info +multi +exec +ping",
+    "+mget +set +get +del +pexpire +persist +scan +hset +hdel +hvals +sadd +srem +smembers +xadd +xrange +xrevrange "
+    "+info +multi +exec +ping",
 )
 
 # Nothing is saved. Paths are relative to the server's directory; the password is there as a digest only.

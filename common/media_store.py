@@ -8,6 +8,7 @@ several names are transactions.
 import asyncio
 import contextlib
 import logging
+import math
 import re
 import time
 import zlib
@@ -53,6 +54,8 @@ _MAX_RECORD_BYTES = 4096
 _RESERVED_SHARE = 64  # this fraction of the memory is kept for what deleting itself has to write
 _NUM_CONNECTIONS = 4
 _SCAN_COUNT = 1000
+_MAX_MEMBERS = 64  # of a set
+_COPIES_TTLS = 3  # in the encoder's local tier until its time is over, and then as long in that of an LLM replica
 _POLL_S = 0.3
 _LISTEN_S = 0.1
 # The others are compressed already: zlib saves under 1 % of a JPEG, PNG or WebP, and under 5 % of a GIF.
@@ -113,6 +116,17 @@ class Storage(Protocol):
 
     async def names(self, prefix: str) -> list[str]: ...
 
+    async def join(self, group: str, member: str, reverse: str, ttl_s: float) -> set[str]:
+        """The members of `group`, whose name is added to the set `reverse`; without `member` if it is full.
+
+        Refused once the store is half full: anyone may send images, and media need the room.
+        """
+
+    async def take(self, group: str) -> set[str]:
+        """The members of a set, which is gone then."""
+
+    async def leave(self, group: str, member: str) -> None: ...
+
     async def hold(self, name: str, num_bytes: int) -> tuple[bool, int]:
         """Whether it is new, and the sum of all that is held."""
 
@@ -136,8 +150,12 @@ class Storage(Protocol):
 class MediaStore:
     """Managed media and aliases, each of one tenant."""
 
-    def __init__(self, storage: Storage, *, ttl_s: float, max_pinned_bytes: int) -> None:
+    def __init__(
+        self, storage: Storage, *, ttl_s: float, max_pinned_bytes: int, copies_ttl_s: float | None = None
+    ) -> None:
+        """`copies_ttl_s` is how long a deletion finds the copies of an image: longer than any tier keeps embeddings."""
         self._storage = storage
+        self._copies_ttl_s = copies_ttl_s or ttl_s
         self._ttl_s = ttl_s
         self._max_pinned_bytes = max_pinned_bytes
 
@@ -223,9 +241,34 @@ class MediaStore:
         record = await self.get(media_id, tenant)
         # First the media, so that nobody encodes it anew after having heard; and it makes room for the log's entry.
         await self._storage.remove(_record_name(media_id, tenant), _source_name(media_id))
-        await self._storage.append(record.mm_hash)
+        for digest in sorted({record.mm_hash, *await self._take_copies(record.mm_hash, tenant)}):
+            await self._storage.append(digest)
         await self._storage.release(media_id)
         return record
+
+    async def join_copies(self, pixels: str, digest: str, tenant: str) -> list[str]:
+        """The other images with these pixels, of which this one is a copy from now on.
+
+        `pixels` names the tenant too. None for the 65th copy and those after it.
+        """
+        members = await self._storage.join(
+            _copies_name(pixels), digest, _copied_name(digest, tenant), self._copies_ttl_s
+        )
+        return sorted(members - {digest}) if digest in members else []
+
+    async def leave_copies(self, digest: str, tenant: str) -> None:
+        for group in await self._storage.take(_copied_name(digest, tenant)):
+            await self._storage.leave(group, digest)
+
+    async def _take_copies(self, digest: str, tenant: str) -> set[str]:
+        """All images whose embedding may be that of this one. They are copies of nothing afterwards."""
+        copies: set[str] = set()
+        for group in await self._storage.take(_copied_name(digest, tenant)):
+            members = await self._storage.take(group)
+            for member in members:
+                await self._storage.leave(_copied_name(member, tenant), group)
+            copies |= members
+        return copies
 
     async def forget_embeddings(self) -> None:
         """Tells every replica to empty its local tier; the media stay."""
@@ -371,6 +414,7 @@ class LocalStorage:
         self._num_bytes = 0
         self._values: dict[str, tuple[bytes, float | None]] = {}
         self._held: dict[str, int] = {}
+        self._sets: dict[str, tuple[set[str], float]] = {}
         self._events: deque[tuple[int, str]] = deque(maxlen=_MAX_EVENTS)
         self._num_events = 0
 
@@ -412,6 +456,22 @@ class LocalStorage:
         self._held[name] = num_bytes
         return is_new, sum(self._held.values())
 
+    async def join(self, group: str, member: str, reverse: str, ttl_s: float) -> set[str]:
+        members = self._members(group)
+        if member in members or len(members) < _MAX_MEMBERS:
+            for name, new in ((group, member), (reverse, group)):
+                self._sets[name] = (self._members(name) | {new}, time.monotonic() + ttl_s)
+        return self._members(group)
+
+    async def take(self, group: str) -> set[str]:
+        members = self._members(group)
+        self._sets.pop(group, None)
+        return members
+
+    async def leave(self, group: str, member: str) -> None:
+        if group in self._sets:
+            self._sets[group][0].discard(member)
+
     async def release(self, name: str) -> None:
         self._held.pop(name, None)
 
@@ -435,6 +495,10 @@ class LocalStorage:
 
     async def aclose(self) -> None:
         pass
+
+    def _members(self, name: str) -> set[str]:
+        members, until = self._sets.get(name, (set(), math.inf))
+        return set(members) if until > time.monotonic() else set()
 
     def _expire(self) -> None:
         now = time.monotonic()
@@ -522,6 +586,37 @@ class RedisStorage:
 
         return await self._call("hold", hold)
 
+    async def join(self, group: str, member: str, reverse: str, ttl_s: float) -> set[str]:
+        def join() -> set[str]:
+            members = _decoded(self._client.smembers(group))
+            if member not in members and len(members) >= _MAX_MEMBERS:
+                return members
+            used, limit = self._memory()
+            if limit and used > limit // 2:
+                raise _full(used, 0, limit)
+            with self._client.pipeline(transaction=True) as transaction:
+                for name, new in ((group, member), (reverse, group)):
+                    transaction.sadd(name, new)
+                    transaction.pexpire(name, round(ttl_s * 1000))
+                transaction.smembers(group)
+                *_, joined = transaction.execute()
+            return _decoded(joined)
+
+        return await self._call("join", join)
+
+    async def take(self, group: str) -> set[str]:
+        def take() -> set[str]:
+            with self._client.pipeline(transaction=True) as transaction:
+                transaction.smembers(group)
+                transaction.delete(group)
+                members, _ = transaction.execute()
+            return _decoded(members)
+
+        return await self._call("take", take)
+
+    async def leave(self, group: str, member: str) -> None:
+        await self._call("leave", partial(self._client.srem, group, member))
+
     async def release(self, name: str) -> None:
         await self._call("release", partial(self._client.hdel, _PINS, name))
 
@@ -594,7 +689,17 @@ def open_media_store(config: CacheConfig) -> MediaStore:
     """The second store of one replica; without a URL it is this process's own."""
     url = config.media_redis_url
     storage: Storage = LocalStorage(config.media_redis_bytes) if url is None else RedisStorage(config, url)
-    return MediaStore(storage, ttl_s=config.media_ttl_s, max_pinned_bytes=config.max_pinned_bytes)
+    return MediaStore(
+        storage,
+        ttl_s=config.media_ttl_s,
+        max_pinned_bytes=config.max_pinned_bytes,
+        copies_ttl_s=_COPIES_TTLS * config.ttl_s,
+    )
+
+
+def _decoded(members: Any) -> set[str]:
+    """Of redis-py, whose types do not say what it returns."""
+    return {member.decode() for member in members}
 
 
 def _media_id(tenant: str, digest: str) -> str:
@@ -611,6 +716,14 @@ def _source_name(media_id: str) -> str:
 
 def _alias_name(alias: str, tenant: str) -> str:
     return f"{_PREFIX}alias:{framed_digest(tenant)}:{alias}"
+
+
+def _copies_name(pixels: str) -> str:
+    return f"{_PREFIX}copies:{pixels}"
+
+
+def _copied_name(digest: str, tenant: str) -> str:
+    return f"{_PREFIX}copied:{framed_digest(tenant)}:{digest}"
 
 
 _NUMBERS = {"num_bytes": int, "height": int, "width": int, "created": float, "pinned": bool, "compressed": bool}

@@ -91,6 +91,12 @@ media_store_errors = Counter(
 aliases_unchecked = Counter(
     "fovea_aliases_unchecked_total", "images whose uuid could not be checked; it was not used, they were answered"
 )
+pixel_alias_hits = Counter(
+    "fovea_pixel_alias_hits_total", "images answered with the embedding of a copy in another file"
+)
+pixel_aliases_unused = Counter(
+    "fovea_pixel_aliases_unused_total", "images whose copies were not looked for: the media store could not do it"
+)
 images_encoded = Counter("fovea_images_encoded_total", "images that went through the vision encoder")
 encode_seconds = Histogram("fovea_encode_seconds", "from the bytes of an image to its packed embedding", _SECONDS)
 requests = Counter("fovea_requests_total", "answered requests", "status")

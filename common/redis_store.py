@@ -5,6 +5,7 @@ An error of any kind reads as absence and is counted; nothing is raised to calle
 
 import asyncio
 import logging
+import math
 import random
 import re
 import ssl
@@ -441,7 +442,9 @@ def open_cache(config: CacheConfig) -> EmbeddingCache:
     """The cache of one replica; without a URL it is this process's own."""
     remote = RedisTier(config, config.redis_url) if config.redis_url is not None else None
     seal = keyed_seal(config.secret.get_secret_value()) if config.secret is not None else CHECKSUM
-    return TieredCache(LocalTier(config.local_bytes), remote, seal)
+    # The second store knows the copies of an image for a time, which their embeddings must not outlive anywhere.
+    local = LocalTier(config.local_bytes, ttl_s=config.ttl_s if config.pixel_alias else math.inf)
+    return TieredCache(local, remote, seal)
 
 
 async def _within(limit_s: float, answer: asyncio.Future[T]) -> T:

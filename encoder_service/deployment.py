@@ -1,5 +1,6 @@
 """The Ray Serve shell around EncoderServer."""
 
+import logging
 from typing import Any
 
 from ray import serve
@@ -12,6 +13,8 @@ from common.media_store import DeletionWatcher, open_media_store
 from common.redis_store import open_cache
 from encoder_service.config import EncoderConfig
 from encoder_service.server import EncoderServer
+
+logger = logging.getLogger(__name__)
 
 # A key is the image's digest, so identical images meet at one replica, where they are encoded once.
 _BY_IMAGE = RequestRouterConfig(
@@ -26,8 +29,14 @@ class EncoderDeployment:
 
     def __init__(self, model: ModelConfig, config: EncoderConfig, cache: CacheConfig) -> None:
         replica = serve.get_replica_context().replica_tag
-        self._server = EncoderServer(model, config, open_cache(cache), producer=replica)
-        self._deletions = DeletionWatcher(open_media_store(cache), self._server.discard)
+        store = open_media_store(cache)
+        if cache.pixel_alias and cache.media_redis_url is None:
+            logger.warning(
+                "without a Redis for media, deletions would not find copies: cache.pixel_alias has no effect"
+            )
+        alias_store = store if cache.pixel_alias and cache.media_redis_url is not None else None
+        self._server = EncoderServer(model, config, open_cache(cache), producer=replica, alias_store=alias_store)
+        self._deletions = DeletionWatcher(store, self._server.discard)
 
     async def encode(self, item: MediaItem) -> bytes:
         await self._deletions.listen()

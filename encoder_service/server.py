@@ -18,21 +18,31 @@ from common.errors import InvalidRequestError
 from common.families import ImageGeometry
 from common.identity import EmbeddingNamespace, mm_hash
 from common.media import MediaItem, image_header
-from common.media_store import EVERYTHING
+from common.media_store import EVERYTHING, MediaStore
 from encoder_service.batcher import Batcher
 from encoder_service.config import EncoderConfig
 from encoder_service.encoder import VisionEncoder
+from encoder_service.pixel_alias import PixelAlias, pixel_digest
 from encoder_service.preprocess import ImagePreprocessor, PreprocessedImage
 
 T = TypeVar("T")
 
 _LOOKUP_S = 0.02
+_MAX_COPIES = 4  # of which an embedding is looked for
 
 
 class EncoderServer:
     """Owns the vision half and the namespace of its embeddings. `producer` names this replica in what it writes."""
 
-    def __init__(self, model: ModelConfig, config: EncoderConfig, cache: EmbeddingCache, producer: str = "") -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: EncoderConfig,
+        cache: EmbeddingCache,
+        producer: str = "",
+        alias_store: MediaStore | None = None,
+    ) -> None:
+        """With an `alias_store`, files with the same pixels share an embedding."""
         torch.set_num_threads(model.num_threads)
         half = load_half(model, "vision")
         preprocessor_config = load_preprocessor_config(checkpoint_directory(model))
@@ -46,6 +56,7 @@ class EncoderServer:
         self._in_flight: SingleFlight[bytes] = SingleFlight()
         self._cache = cache
         self._producer = producer
+        self._alias = None if alias_store is None else PixelAlias(alias_store, self._encoder.namespace)
         self._params: set[str] = set()  # of all images so far: a few, because requests choose among the details
         self.num_encoded = 0
 
@@ -87,6 +98,8 @@ class EncoderServer:
         self._cache.discard_image(event)
         for params in self._params:  # what was published a moment ago need not be in the local tier any more
             self._cache.discard(self._encoder.namespace.key(event, params))
+        if self._alias is not None:
+            await self._alias.forget(event)
 
     def stats(self) -> dict[str, Any]:
         """How many images this replica has encoded and is working on, in JSON's types."""
@@ -103,12 +116,32 @@ class EncoderServer:
             hit = await self._cache.wait_for(key, spec, self._producer)
         if hit is not None:
             return hit.data
+        if self._alias is not None and (copy := await self._copy(self._alias, item, spec, since)):
+            data, packed = await self._on_thread(self._pack, key, copy)
+            self._cache.put_local(key, data, packed, since=since)  # the shared tier has it already, as the copy's
+            return data
         started = time.perf_counter()
         embedding = await self._encode(item)
         data, packed = await self._on_thread(self._pack, key, embedding)
         metrics.encode_seconds.observe(time.perf_counter() - started)
         self._cache.put(key, data, packed, since=since)
         return data
+
+    async def _copy(
+        self, alias: PixelAlias, item: MediaItem, spec: EmbeddingSpec, since: int
+    ) -> VisionEmbedding | None:
+        """The embedding of another file with the same pixels."""
+        namespace = self._encoder.namespace
+        pixels = await self._on_thread(pixel_digest, item.data, self._limits, str(namespace))
+        # Whatever image was deleted since may have been this one.
+        copies = await _soon(alias.copies(pixels, item.mm_hash, lambda: self._cache.moment != since))
+        for copy in (copies or [])[:_MAX_COPIES]:
+            key = namespace.key(copy, str(item.params))
+            hits = await _soon(self._cache.get_many({key: spec}))
+            if hits:
+                metrics.pixel_alias_hits.inc()
+                return hits[key].embedding
+        return None
 
     async def _encode(self, item: MediaItem) -> VisionEmbedding:
         image, preprocess_ms = await self._on_thread(self._preprocess_and_time, item)

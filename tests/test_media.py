@@ -25,6 +25,7 @@ from common.redis_store import open_cache
 from deploy.client import ClientError
 from deploy.media_client import check_export, read_export, write_export
 from encoder_service.config import EncoderConfig
+from encoder_service.pixel_alias import PixelAlias
 from encoder_service.server import EncoderServer
 from llm_service.answer_cache import AnswerCache, open_answer_cache
 from llm_service.api.app import create_app
@@ -627,6 +628,33 @@ class TestOnRedis:
         await asyncio.sleep(0.5)
         assert not await answered_from_the_cache(again["id"])
         assert await answered_from_the_cache(other["id"])
+
+    @pytest.mark.parametrize("deleted", ["first", "copy"])
+    async def test_deleting_one_file_of_a_picture_deletes_the_embeddings_and_aliases_of_all(
+        self, servers: CacheConfig, services: "Services", embeddings: redis.Redis, deleted: str
+    ) -> None:
+        services.encoder._alias = PixelAlias(services.stores[0], await services.encoder.describe())
+        asker, deleter = services.replicas
+        files = {"first": picture(), "copy": picture(format="BMP")}
+        ids = {name: (await deleter.add(data))["id"] for name, data in files.items()}
+        for replica in services.replicas:
+            for media_id in ids.values():
+                assert text_of(await replica.ask(reference(media_id)))
+        await services.written()
+        assert services.encoder.num_encoded == 1
+        assert len(list(embeddings.scan_iter(ENTRIES))) == 1  # shared by both
+        assert servers.media_redis_url is not None
+        with redis.Redis.from_url(servers.media_redis_url, protocol=2) as media:
+            assert list(media.scan_iter("fovea:media:cop*"))
+            await deleter.http.delete(f"/v1/media/{ids[deleted]}")
+            await asyncio.sleep(0.9)
+            await services.written()
+            assert [await cache.keys() for cache in services.caches] == [[], [], []]
+            assert not list(embeddings.scan_iter(ENTRIES))
+            assert not list(media.scan_iter("fovea:media:cop*"))
+        (kept,) = ids.keys() - {deleted}
+        assert text_of(await asker.ask(reference(ids[kept])))  # the other file is still managed
+        assert services.encoder.num_encoded == 2
 
     async def test_purge_empties_redis(self, shared: Replica, embeddings: redis.Redis) -> None:
         for seed in range(3):

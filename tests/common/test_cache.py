@@ -414,6 +414,14 @@ def test_an_entry_larger_than_the_local_tier_is_not_kept() -> None:
     assert tier.num_bytes == 0
 
 
+async def test_local_tier_with_a_time_limit_keeps_nothing_longer() -> None:
+    tier = LocalTier(30, ttl_s=0.05)
+    tier.put("a", entry(10))
+    assert tier.get("a")
+    await asyncio.sleep(0.06)
+    assert tier.get("a") is None and tier.num_bytes == 0
+
+
 async def test_claim_of_another_process_is_waited_for_until_its_entry_is_there(
     cache: TieredCache, remote: DictTier, embedding: VisionEmbedding, spec: EmbeddingSpec
 ) -> None:

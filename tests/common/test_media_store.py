@@ -163,6 +163,53 @@ async def test_deleted_media_are_gone_and_their_pin_with_them(store: MediaStore)
     assert (await store.stats())["pinned_bytes"] == (await store.stats())["media"] == 0
 
 
+async def test_copies_are_those_of_the_same_pixels_until_one_of_them_is_deleted(store: MediaStore) -> None:
+    records = [await add(store, source) for source in (b"png", b"bmp", b"webp", b"other")]
+    png, bmp, webp, other = (record.mm_hash for record in records)
+    assert [await store.join_copies("pixels", digest, "") for digest in (png, bmp, png)] == [[], [png], [bmp]]
+    assert await store.join_copies("other", other, "") == []
+    since = await store.last_deletion()
+
+    await store.delete(records[1].id, "")
+
+    assert sorted(event for _, event in await store.deletions(since)) == sorted([png, bmp])
+    assert await store.join_copies("pixels", webp, "") == []
+    assert await store.join_copies("other", webp, "") == [other]
+
+
+async def test_copies_are_of_one_tenant(store: MediaStore) -> None:
+    ours, theirs = await add(store, b"ours", tenant="a"), await add(store, b"theirs", tenant="b")
+    await store.join_copies("pixels of a", ours.mm_hash, "a")
+    await store.join_copies("pixels of b", ours.mm_hash, "b")
+    await store.join_copies("pixels of b", theirs.mm_hash, "b")
+    since = await store.last_deletion()
+    await store.delete(ours.id, "a")
+    assert [event for _, event in await store.deletions(since)] == [ours.mm_hash]
+    assert await store.join_copies("pixels of b", theirs.mm_hash, "b") == [ours.mm_hash]
+
+
+async def test_image_that_leaves_is_no_copy_any_more(store: MediaStore) -> None:
+    for digest in "ab":
+        await store.join_copies("pixels", digest, "")
+    await store.leave_copies("a", "")
+    assert await store.join_copies("pixels", "c", "") == ["b"]
+
+
+async def test_of_very_many_copies_the_last_are_on_their_own(store: MediaStore) -> None:
+    counts = [len(await store.join_copies("pixels", str(index), "")) for index in range(70)]
+    assert counts == [*range(64), *[0] * 6]
+    assert len(await store.join_copies("pixels", "5", "")) == 63
+
+
+@pytest.mark.parametrize("config", [pytest.param("redis", marks=needs_redis)], indirect=True)
+async def test_copies_leave_half_of_the_store_to_media(store: MediaStore) -> None:
+    for _ in range(3):
+        await add(store, os.urandom(2 * MIB))
+    with pytest.raises(InsufficientStorageError):
+        await store.join_copies("pixels", "a", "")
+    await add(store, os.urandom(2 * MIB))
+
+
 async def test_watcher_hears_of_every_deletion_once_and_within_a_second(config: CacheConfig, store: MediaStore) -> None:
     heard: list[str] = []
     all_heard = asyncio.Event()
