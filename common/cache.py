@@ -14,8 +14,21 @@ from collections.abc import Awaitable, Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
+import torch
+
 from common import metrics
-from common.embedding import CHECKSUM, EmbeddingFormatError, EmbeddingSpec, Seal, VisionEmbedding, check, unpack
+from common.embedding import (
+    CHECKSUM,
+    Buffer,
+    EmbeddingFormatError,
+    EmbeddingSpec,
+    Seal,
+    VisionEmbedding,
+    check,
+    pinned,
+    pinned_bytes,
+    unpack,
+)
 from common.identity import image_of
 from common.miss_ratio import MissRatioCurve
 
@@ -26,6 +39,7 @@ T = TypeVar("T")
 _MAX_FRAME_OVERHEAD = 128 * 1024  # prefix, header and padding of a packed embedding
 _MAX_READ_BYTES = 64 * 1024**2  # of a frame whose size nobody knows
 _MAX_PAST_USES = 4096
+_UNUSED_SHARE = 4  # of the tier's bytes
 _MAX_DISCARDED = 4096
 _LEASE_S = 2.0  # what a dead holder costs those who wait for it
 _LEASE_POLL_S = 0.05
@@ -36,7 +50,7 @@ class CacheHit(NamedTuple):
     """`data` is the packed frame, whose memory `embedding` shares."""
 
     embedding: VisionEmbedding
-    data: bytes
+    data: Buffer
     tier: Literal["local", "redis"]
 
 
@@ -83,7 +97,7 @@ class EmbeddingCache(Protocol):
     async def tiers(self, key: str) -> list[str]:
         """Where an entry is now."""
 
-    async def read(self, key: str) -> bytes | None:
+    async def read(self, key: str) -> Buffer | None:
         """The frame of an entry, unchecked."""
 
     async def keys(self) -> list[str]:
@@ -128,13 +142,14 @@ class RemoteTier(Protocol):
 
 
 class Entry(NamedTuple):
-    data: bytes
+    data: Buffer
     embedding: VisionEmbedding | None
 
 
 @dataclass(slots=True, eq=False)
 class _Resident:
     entry: Entry
+    num_bytes: int
     ms_per_byte: float  # what keeping one byte of it saves at each use
     expires: float
     order: int
@@ -149,11 +164,15 @@ class LocalTier:
     last use, plus encode cost x uses / bytes. Whatever has the lowest leaves, be it the newcomer, and the age becomes
     its priority: what was precious long ago goes in the end. The uses of an entry that left are remembered for a while,
     so that one which comes back weighs more than one which comes once. A use is O(1), an eviction O(log n), amortised.
+
+    With `pinned`, embeddings are kept in page-locked memory and count as what torch's allocator takes for them.
     """
 
-    def __init__(self, max_bytes: int, ttl_s: float = math.inf) -> None:
+    def __init__(self, max_bytes: int, ttl_s: float = math.inf, *, pinned: bool = False) -> None:
         self.max_bytes = max_bytes
         self._ttl_s = ttl_s
+        self._is_pinned = pinned
+        self._num_unused_bytes = 0  # page-locked ones, which the allocator keeps for later blocks of their size
         self.num_bytes = 0
         self._residents: dict[str, _Resident] = {}
         # (priority, order, key). A use raises the priority of the resident, not of its item here, which is put right
@@ -190,23 +209,34 @@ class LocalTier:
         resident = self._residents.get(key)
         num_uses = resident.num_uses if resident is not None else self._past_uses.pop(key, 0) + 1
         self.discard(key)
-        if len(entry.data) > self.max_bytes:
+        num_bytes = pinned_bytes(len(entry.data)) if self._is_pinned else len(entry.data)
+        if num_bytes > self.max_bytes:
             return
         ms_per_byte = self._ms_per_byte(entry)
         priority = self._priority(num_uses, ms_per_byte)
         expires = time.monotonic() + self._ttl_s
-        resident = _Resident(entry, ms_per_byte, expires, next(self._order), num_uses, priority)
+        resident = _Resident(entry, num_bytes, ms_per_byte, expires, next(self._order), num_uses, priority)
         self._residents[key] = resident
-        self.num_bytes += len(entry.data)
+        self.num_bytes += num_bytes
         heapq.heappush(self._heap, (priority, resident.order, key))
         while self.num_bytes > self.max_bytes:
             self._evict()
+        if self._is_pinned and entry.embedding is not None and key in self._residents:
+            resident.entry = Entry(*pinned(entry.data, entry.embedding))
 
     def discard(self, key: str) -> None:
         resident = self._residents.pop(key, None)
         if resident is not None:
-            self.num_bytes -= len(resident.entry.data)
+            self._give_back(resident)
             self._drop_stale_items()
+
+    def _give_back(self, resident: _Resident) -> None:
+        self.num_bytes -= resident.num_bytes
+        if self._is_pinned:
+            self._num_unused_bytes += resident.num_bytes
+            if self._num_unused_bytes > self.max_bytes // _UNUSED_SHARE:
+                torch.accelerator.empty_host_cache()
+                self._num_unused_bytes = 0
 
     def _priority(self, num_uses: int, ms_per_byte: float) -> float:
         return self._age + num_uses * ms_per_byte
@@ -232,7 +262,7 @@ class LocalTier:
             else:
                 heapq.heappop(self._heap)
                 del self._residents[key]
-                self.num_bytes -= len(resident.entry.data)
+                self._give_back(resident)
                 self._age = priority
                 self._past_uses[key] = resident.num_uses
                 if len(self._past_uses) > _MAX_PAST_USES:
@@ -358,7 +388,7 @@ class TieredCache:
         is_remote = self._remote is not None and await self._remote.get(key, 1) is not None
         return local + (["redis"] if is_remote else [])
 
-    async def read(self, key: str) -> bytes | None:
+    async def read(self, key: str) -> Buffer | None:
         entry = self._local.get(key)
         if entry is not None or self._remote is None:
             return entry.data if entry is not None else None

@@ -54,7 +54,9 @@ class CacheConfig(Config):
     redis_url: str | None = Field(
         None, description="redis://, rediss://, unix:// or, of a cluster, redis+cluster://; default: a private server"
     )
-    local_bytes: int = Field(256 * MIB, ge=0, description="in-process tier of each replica")
+    local_bytes: int = Field(
+        256 * MIB, ge=0, description="in-process tier of each replica; that of an LLM replica on a GPU is page-locked"
+    )
     redis_bytes: int = Field(512 * MIB, ge=8 * MIB, description="memory limit of the private server")
     ttl_s: int = Field(24 * 3600, ge=1, description="lifetime of an entry in Redis")
     connect_timeout_s: float = Field(0.05, gt=0)

@@ -18,7 +18,7 @@ import struct
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import blake3
@@ -213,6 +213,30 @@ def check(embedding: VisionEmbedding, spec: EmbeddingSpec) -> None:
         raise EmbeddingSpecError(f"the tensors are {shapes}, the image implies {dict(spec.shapes)}")
     if any(tensor.dtype != spec.dtype for tensor in embedding.tensors.values()):
         raise EmbeddingSpecError(f"the tensors are not all {spec.dtype}")
+
+
+def pinned(data: Buffer, embedding: VisionEmbedding) -> tuple[Buffer, VisionEmbedding]:
+    """A copy of a frame and of what was unpacked from it, in page-locked memory that both share.
+
+    From there a GPU copies while the CPU goes on. The tensors are views of a block of torch's allocator, which does not
+    use it anew before such copies have ended.
+    """
+    source = torch.frombuffer(data, dtype=torch.uint8)
+    block = torch.empty(len(data), dtype=torch.uint8, pin_memory=True)
+    block.copy_(source)
+
+    def moved(tensor: Tensor) -> Tensor:
+        start = tensor.data_ptr() - source.data_ptr()
+        assert 0 <= start <= len(data) - tensor.nbytes, "the embedding does not share the memory of its frame"
+        return block[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+
+    tensors = {name: moved(tensor) for name, tensor in embedding.tensors.items()}
+    return block.numpy().data, replace(embedding, tensors=tensors)
+
+
+def pinned_bytes(num_bytes: int) -> int:
+    """What torch's allocator takes for a block of `num_bytes`: the next power of two."""
+    return 1 << max(0, num_bytes - 1).bit_length()
 
 
 def content_digest(embedding: VisionEmbedding) -> str:

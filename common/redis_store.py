@@ -438,12 +438,12 @@ class RedisTier:
             logger.warning("Redis at %s is left alone, but for a probe now and then: %r", self._address, exc)
 
 
-def open_cache(config: CacheConfig) -> EmbeddingCache:
-    """The cache of one replica; without a URL it is this process's own."""
+def open_cache(config: CacheConfig, *, pinned: bool = False) -> EmbeddingCache:
+    """The cache of one replica; without a URL it is this process's own. `pinned`: see LocalTier."""
     remote = RedisTier(config, config.redis_url) if config.redis_url is not None else None
     seal = keyed_seal(config.secret.get_secret_value()) if config.secret is not None else CHECKSUM
     # The second store knows the copies of an image for a time, which their embeddings must not outlive anywhere.
-    local = LocalTier(config.local_bytes, ttl_s=config.ttl_s if config.pixel_alias else math.inf)
+    local = LocalTier(config.local_bytes, ttl_s=config.ttl_s if config.pixel_alias else math.inf, pinned=pinned)
     return TieredCache(local, remote, seal)
 
 

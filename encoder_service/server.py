@@ -115,7 +115,7 @@ class EncoderServer:
         if hits is not None and hit is None and await _soon(self._cache.claim(key, spec, self._producer)) is False:
             hit = await self._cache.wait_for(key, spec, self._producer)
         if hit is not None:
-            return hit.data
+            return bytes(hit.data)  # itself, if it is that already
         if self._alias is not None and (copy := await self._copy(self._alias, item, spec, since)):
             data, packed = await self._on_thread(self._pack, key, copy)
             self._cache.put_local(key, data, packed, since=since)  # the shared tier has it already, as the copy's

@@ -12,6 +12,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
+from common.checkpoint import choose_device
 from common.config import CacheConfig, ModelConfig
 from common.errors import OverloadedError, ServingError, UnavailableError
 from common.identity import EmbeddingNamespace
@@ -84,7 +85,7 @@ class LLMDeployment:
         self._server = LLMServer(
             model,
             config,
-            open_cache(cache),
+            open_cache(cache, pinned=choose_device(model).type == "cuda"),
             EncoderHandle(encoder),
             media_store=open_media_store(cache),
             audit_fraction=cache.audit_fraction,

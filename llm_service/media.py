@@ -11,7 +11,7 @@ import torch
 from common import metrics
 from common.cache import EmbeddingCache
 from common.config import ImageLimits
-from common.embedding import EmbeddingFormatError, EmbeddingSpec, Grid, check, unpack
+from common.embedding import Buffer, EmbeddingFormatError, EmbeddingSpec, Grid, check, unpack
 from common.errors import (
     ConflictError,
     InsufficientStorageError,
@@ -129,7 +129,7 @@ class MediaLibrary:
         prefix = f"{await self._features.namespace()}:"
         return [key for key in await self._cache.keys() if key.startswith(prefix)]
 
-    async def export(self, key: str) -> bytes | None:
+    async def export(self, key: str) -> Buffer | None:
         """A frame, if it is there and sound."""
         frame = await self._cache.read(key)
         return frame if frame is not None and await self._is_sound(key, frame) else None
@@ -240,7 +240,7 @@ class MediaLibrary:
     async def _spec(self, grid: Grid) -> EmbeddingSpec:
         return self._geometry.embedding_spec(grid, getattr(torch, (await self._features.namespace()).dtype))
 
-    async def _is_sound(self, key: str, frame: bytes) -> bool:
+    async def _is_sound(self, key: str, frame: Buffer) -> bool:
         try:
             embedding = await asyncio.to_thread(unpack, frame, key=key, seal=self._cache.seal)
             check(embedding, await self._spec(embedding.grid_thw))

@@ -73,7 +73,7 @@ class ModelRunner:
         ]
         embeds_TD: Tensor = self.language_model.embed_tokens(torch.tensor(token_ids, device=self.device))
         for image in images:
-            embeds_TD[image.rows] = image.embedding.features[image.embedding_rows].to(embeds_TD)
+            embeds_TD[image.rows] = image.embedding.features[image.embedding_rows].to(embeds_TD, non_blocking=True)
         return embeds_TD
 
     def _positions(self, scheduled: list[ScheduledRequest]) -> Tensor:

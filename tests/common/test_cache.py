@@ -422,6 +422,57 @@ async def test_local_tier_with_a_time_limit_keeps_nothing_longer() -> None:
     assert tier.get("a") is None and tier.num_bytes == 0
 
 
+@pytest.fixture(params=["cuda", "stand-in"])
+def page_locking(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """How often unused blocks were given back. The stand-in does all but lock the pages."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU: torch has no allocator of page-locked memory")
+    if request.param == "stand-in":
+        empty = torch.empty
+        monkeypatch.setattr(torch, "empty", lambda *sizes, pin_memory=False, **options: empty(*sizes, **options))
+    emptied: list[bool] = []
+    monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: emptied.append(True))
+    return lambda: len(emptied)
+
+
+def framed(key: str, embedding: VisionEmbedding) -> Entry:
+    data = pack(embedding, key=key)
+    return Entry(data, unpack(data, key=key))
+
+
+def test_pinned_tier_keeps_frame_and_tensors_in_one_block(
+    embedding: VisionEmbedding, page_locking: Callable[[], int]
+) -> None:
+    original = framed(
+        "k", VisionEmbedding({"features": embedding.features, "deepstack_0": embedding.features}, (1, 4, 6))
+    )
+    tier = LocalTier(1024**2, pinned=True)
+    tier.put("k", original)
+    kept = tier.get("k")
+    assert kept is not None and kept.embedding is not None and original.embedding is not None
+    assert bytes(kept.data) == original.data and kept.data is not original.data
+    tensors = kept.embedding.tensors
+    for name, tensor in original.embedding.tensors.items():
+        assert torch.equal(tensors[name], tensor) and tensors[name].data_ptr() != tensor.data_ptr()
+        assert not torch.cuda.is_available() or tensors[name].is_pinned()
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors.values()}) == 1
+    assert torch.equal(unpack(kept.data, key="k").features, embedding.features)
+
+
+def test_pinned_tier_counts_what_the_allocator_takes_and_gives_unused_blocks_back(
+    embedding: VisionEmbedding, page_locking: Callable[[], int]
+) -> None:
+    size = len(framed("0", embedding).data)
+    assert 256 < size < 512
+    tier = LocalTier(2048, pinned=True)
+    for index in range(4):
+        tier.put(str(index), framed(str(index), embedding))
+    assert (len(tier), tier.num_bytes, page_locking()) == (4, 2048, 0)
+    for index in range(4, 12):
+        tier.put(str(index), framed(str(index), embedding))
+    assert (len(tier), tier.num_bytes, page_locking()) == (4, 2048, 4)
+
+
 async def test_claim_of_another_process_is_waited_for_until_its_entry_is_there(
     cache: TieredCache, remote: DictTier, embedding: VisionEmbedding, spec: EmbeddingSpec
 ) -> None:
