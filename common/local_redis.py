@@ -115,6 +115,15 @@ class LocalRedis:
         """Of the running child."""
         return self._process.pid if self._process is not None and self._process.poll() is None else None
 
+    def is_listened_on(self) -> bool:
+        """Whether a server uses the directory now, whoever started it."""
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(str(self._socket))
+            except (FileNotFoundError, ConnectionRefusedError):
+                return False
+        return True
+
     def start(self) -> None:
         """Returns when the server answers; raises RuntimeError with the end of its log when it does not.
 
@@ -170,19 +179,11 @@ class LocalRedis:
 
     def _remove_stale_socket(self) -> None:
         deadline = time.monotonic() + _END_TIMEOUT_S
-        while self._is_listened_on():
+        while self.is_listened_on():
             if time.monotonic() > deadline:
                 raise RuntimeError(f"another server already listens on {self._socket}")
             time.sleep(0.01)  # the server of a process that was killed may be ending just now
         self._socket.unlink(missing_ok=True)
-
-    def _is_listened_on(self) -> bool:
-        with socket.socket(socket.AF_UNIX) as probe:
-            try:
-                probe.connect(str(self._socket))
-            except (FileNotFoundError, ConnectionRefusedError):
-                return False
-        return True
 
     def _launch(self, command: list[str]) -> subprocess.Popen[bytes]:
         launched: Future[subprocess.Popen[bytes]] = Future()

@@ -20,6 +20,8 @@ import yaml
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from ray.exceptions import AuthenticationError
 
+from deploy.private_redis import end_private_servers
+
 APPLICATION = "fovea"
 DEPLOYMENTS = ("encoder", "llm")
 DEFAULT_CONFIG = Path(__file__).parent / "serve_shapes.yaml"
@@ -90,6 +92,8 @@ def ray_cluster(report: Report) -> Iterator[str]:
     try:
         yield f"http://{context.dashboard_url}"
     finally:
+        if not address:
+            end_private_servers()
         ray.shutdown()
 
 
