@@ -55,6 +55,11 @@ def image_of(key: str) -> str:
     return key.partition(":")[2].partition(":")[0]
 
 
-def system_fingerprint(*, vision: EmbeddingNamespace, language_weights: str, mrope_rule: str, versions: str) -> str:
-    """What an answer depends on besides the request: both halves' weights, versions, numerics mode, position rule."""
-    return "fp_" + framed_digest(str(vision), language_weights, mrope_rule, versions)[:32]
+def system_fingerprint(
+    *, vision: EmbeddingNamespace, language_weights: str, mrope_rule: str, decoder: str, versions: str
+) -> str:
+    """What an answer depends on besides the request: both halves' weights, versions, numerics mode, position rule.
+
+    `decoder` names the kernels of the language half and how `exact` numerics cuts prompts, which bits depend on.
+    """
+    return "fp_" + framed_digest(str(vision), language_weights, mrope_rule, decoder, versions)[:32]

@@ -44,7 +44,8 @@ from deploy.app import EMBEDDED_MODEL, resolve_model
 from deploy.client import Answer, Client
 from encoder_service.encoder import VisionEncoder
 from encoder_service.preprocess import ImagePreprocessor
-from llm_service.server import library_versions, position_rule
+from llm_service.config import EngineConfig
+from llm_service.server import decoder_description, library_versions, position_rule
 
 Report = Callable[[str], None]
 
@@ -237,7 +238,7 @@ class OnePieceModel:
         return text, len(generated)
 
     def fingerprint(self) -> str:
-        """The fingerprint a service over these very weights and this software must have."""
+        """The fingerprint a service over these very weights and this software must have, with the default engine."""
         digest = weights_digest(self._model, "vision")
         vision = LoadedHalf(self._model, self._hf_config, self._device, self._dtype, digest)
         geometry = ImageGeometry.of(self._hf_config, self._preprocessor_config)
@@ -246,6 +247,7 @@ class OnePieceModel:
             vision=VisionEncoder(vision, preprocessor, self._config.numerics).namespace,
             language_weights=weights_digest(self._model, "language"),
             mrope_rule=position_rule(self._config, self._hf_config),
+            decoder=decoder_description(self._config, self._device, EngineConfig()),
             versions=library_versions(),
         )
 

@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from common import metrics
 from common.cache import EmbeddingCache
-from common.checkpoint import checkpoint_directory, load_half, load_preprocessor_config
+from common.checkpoint import checkpoint_directory, device_capability, load_half, load_preprocessor_config
 from common.config import CacheConfig, ModelConfig
 from common.errors import InvalidRequestError, ModelNotFoundError, UnavailableError
 from common.families import ImageGeometry, MropeRule
@@ -146,6 +146,7 @@ class LLMServer:
             min_pixels=model.min_pixels or geometry.min_pixels, max_pixels=model.max_pixels or geometry.max_pixels
         )
         self._mrope_rule = mrope_rule
+        self._decoder = decoder_description(model, half.device, engine_config)
         self._language_weights = half.digest
         self._prompt = PromptProcessor(directory, half.config, geometry, mrope_rule, self.max_model_len)
         self._features = FeatureSource(encoder, cache, geometry, audit_fraction)
@@ -223,6 +224,7 @@ class LLMServer:
             vision=await self._features.namespace(),
             language_weights=self._language_weights,
             mrope_rule=self._mrope_rule,
+            decoder=self._decoder,
             versions=library_versions(),
         )
 
@@ -288,6 +290,12 @@ def position_rule(model: ModelConfig, config: Any) -> MropeRule:
     if rule not in get_args(MropeRule):
         raise ValueError(f"mrope_rule must be one of {list(get_args(MropeRule))}, not {rule!r}")
     return cast(MropeRule, rule)
+
+
+def decoder_description(model: ModelConfig, device: torch.device, config: EngineConfig) -> str:
+    """What the bits of a logit depend on besides weights and versions."""
+    chunks = f", prefill chunks of {config.prefill_chunk_size}" if model.numerics == "exact" else ""
+    return f"{device_capability(device)}{chunks}"
 
 
 def library_versions() -> str:

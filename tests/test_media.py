@@ -198,6 +198,19 @@ async def test_turned_image_is_kept_as_it_is_shown(replica: Replica) -> None:
     assert text_of(by_reference) == text_of(await replica.ask(inline(turned.getvalue())))
 
 
+async def test_hit_of_a_reference_is_audited_with_the_bytes_that_are_kept(
+    replicas: Callable[..., Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replica = replicas(local_store())
+    monkeypatch.setattr(replica.server._features._auditor, "_fraction", 1.0)
+    name = 'fovea_audits_total{result="equal"}'
+    before = metrics.snapshot().get(name, 0.0)
+    added = await replica.add(picture(), prewarm="true")
+    assert source_of(await replica.ask(reference(added["id"]))) == "local"
+    await until(lambda: metrics.snapshot().get(name, 0.0) == before + 1)
+    assert replica.encoder.num_encoded == 2
+
+
 async def test_evicted_embedding_of_a_managed_image_is_encoded_again_silently(replica: Replica) -> None:
     added = await replica.add(picture(), prewarm="true")
     first = await replica.ask(reference(added["id"]))

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx2
 import pytest
+import torch
 
 from common import metrics
 from common.cache import LocalTier, TieredCache
@@ -19,7 +20,7 @@ from encoder_service.server import EncoderServer
 from llm_service.answer_cache import AnswerCache
 from llm_service.api.app import create_app
 from llm_service.config import EngineConfig
-from llm_service.server import LLMServer
+from llm_service.server import LLMServer, decoder_description
 from tests.common.test_cache import DictTier
 from tests.conftest import picture
 from tests.test_api import URL, body, image_part
@@ -188,6 +189,14 @@ def test_answer_cache_and_audit_need_exact_numerics(tiny_checkpoint: Path) -> No
     model = ModelConfig(path=str(tiny_checkpoint), numerics="fast")
     with pytest.raises(ValueError, match="need `exact` numerics"):
         LLMServer(model, EngineConfig(), TieredCache(LocalTier(0), None), None, audit_fraction=0.1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("numerics", ["exact", "fast"])
+def test_fingerprint_names_the_grid_of_prefill_chunks_where_bits_depend_on_it(numerics: Any) -> None:
+    model = ModelConfig(path="x", numerics=numerics)
+    configs = [EngineConfig(prefill_chunk_size=size) for size in (64, 128)]
+    names = {decoder_description(model, torch.device("cpu"), config) for config in configs}
+    assert len(names) == (2 if numerics == "exact" else 1)
 
 
 # The audit

@@ -72,15 +72,22 @@ def test_image_and_params_change_the_key() -> None:
 
 
 def test_the_fingerprint_of_the_system_changes_with_each_part() -> None:
-    parts: dict[str, Any] = {"vision": NAMESPACE, "language_weights": "w", "mrope_rule": "qwen", "versions": "1"}
+    parts: dict[str, Any] = {
+        "vision": NAMESPACE,
+        "language_weights": "w",
+        "mrope_rule": "qwen",
+        "decoder": "cpu, prefill chunks of 64",
+        "versions": "1",
+    }
     others = [
         parts,
         parts | {"vision": dataclasses.replace(NAMESPACE, tenant="t")},
         parts | {"language_weights": "x"},
         parts | {"mrope_rule": "hf5"},
+        parts | {"decoder": "cpu, prefill chunks of 128"},
         parts | {"versions": "2"},
     ]
-    assert len({system_fingerprint(**other) for other in others}) == 5
+    assert len({system_fingerprint(**other) for other in others}) == 6
 
 
 def test_a_key_is_the_same_in_every_process() -> None:
