@@ -26,6 +26,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from common import metrics
+from common.cache import EmbeddingCache
 from common.config import CacheConfig
 from common.errors import (
     ConflictError,
@@ -43,6 +44,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 EVERYTHING = "*"  # in the log of deletions: all embeddings
+QUARANTINE = "quarantine:"  # and with a namespace: its embeddings, then and later
 BEGINNING = "0-0"  # of the log of deletions
 
 _PREFIX = "fovea:media:"
@@ -274,6 +276,10 @@ class MediaStore:
         """Tells every replica to empty its local tier; the media stay."""
         await self._storage.append(EVERYTHING)
 
+    async def quarantine(self, namespace: str) -> None:
+        """Tells every replica to use no embedding of the namespace any more."""
+        await self._storage.append(QUARANTINE + namespace)
+
     async def bind(self, alias: str, record: MediaRecord, *, param: str) -> None:
         """Raises ConflictError if the alias names other media that are still there."""
         name = _alias_name(alias, record.tenant)
@@ -293,7 +299,7 @@ class MediaStore:
         return None if bound is None else await self._find(bound.decode(errors="replace"), tenant)
 
     async def deletions(self, after: str) -> list[tuple[str, str]]:
-        """Position in the log, and the digest that was deleted or EVERYTHING."""
+        """Position in the log, and the digest that was deleted, EVERYTHING, or QUARANTINE and a namespace."""
         return await self._storage.events(after)
 
     async def last_deletion(self) -> str:
@@ -357,8 +363,20 @@ class MediaStore:
         return is_new
 
 
+def discard_from(cache: EmbeddingCache, event: str) -> str | None:
+    """Does in one process what an event of the log says. Returns the `mm_hash` of the image, if it is about one."""
+    if event == EVERYTHING:
+        cache.clear_local()
+    elif event.startswith(QUARANTINE):
+        cache.quarantine(event.removeprefix(QUARANTINE))
+    else:
+        cache.discard_image(event)
+        return event
+    return None
+
+
 class DeletionWatcher:
-    """Reads the log of deletions every 0.3 s and has each digest, or EVERYTHING, discarded in this replica."""
+    """Reads the log of deletions every 0.3 s and has what each event names discarded in this replica."""
 
     def __init__(self, store: MediaStore, discard: Callable[[str], Awaitable[None]]) -> None:
         self._store = store

@@ -18,7 +18,7 @@ from common.errors import InvalidRequestError
 from common.families import ImageGeometry
 from common.identity import EmbeddingNamespace, mm_hash
 from common.media import MediaItem, image_header
-from common.media_store import EVERYTHING, MediaStore
+from common.media_store import MediaStore, discard_from
 from encoder_service.batcher import Batcher
 from encoder_service.config import EncoderConfig
 from encoder_service.encoder import VisionEncoder
@@ -91,15 +91,14 @@ class EncoderServer:
         return is_right
 
     async def discard(self, event: str) -> None:
-        """What was deleted: an image's `mm_hash`, or EVERYTHING, which empties this process and no other."""
-        if event == EVERYTHING:
-            self._cache.clear_local()
+        """Discards what an event of the log of deletions names."""
+        mm_hash = discard_from(self._cache, event)
+        if mm_hash is None:
             return
-        self._cache.discard_image(event)
         for params in self._params:  # what was published a moment ago need not be in the local tier any more
-            self._cache.discard(self._encoder.namespace.key(event, params))
+            self._cache.discard(self._encoder.namespace.key(mm_hash, params))
         if self._alias is not None:
-            await self._alias.forget(event)
+            await self._alias.forget(mm_hash)
 
     def stats(self) -> dict[str, Any]:
         """How many images this replica has encoded and is working on, in JSON's types."""

@@ -66,14 +66,19 @@ class FeatureSource:
     """Asks the cache first. Identical misses of this replica join into one call of the encoder."""
 
     def __init__(
-        self, encoder: EncoderClient, cache: EmbeddingCache, geometry: ImageGeometry, audit_fraction: float = 0.0
+        self,
+        encoder: EncoderClient,
+        cache: EmbeddingCache,
+        geometry: ImageGeometry,
+        audit_fraction: float = 0.0,
+        announce_quarantine: Callable[[str], Awaitable[None]] | None = None,
     ) -> None:
         self._encoder = encoder
         self._cache = cache
         self._geometry = geometry
         self._in_flight: SingleFlight[ImageFeatures] = SingleFlight()
         self._namespace: EmbeddingNamespace | None = None
-        self._auditor = Auditor(encoder, cache, audit_fraction)
+        self._auditor = Auditor(encoder, cache, audit_fraction, announce_quarantine)
 
     async def namespace(self) -> EmbeddingNamespace:
         """What the encoder service says of its embeddings; asked once, and again when a reply differs."""
@@ -144,10 +149,17 @@ class Auditor:
     """Has a share of the embeddings that were found encoded again, one at a time, while the encoder is idle.
 
     A mismatch means that the cache, the wire or a device changes bits, so nothing that is kept of the namespace is used
-    any more by this replica.
+    any more, by this replica from now on and by the others as soon as they hear of it.
     """
 
-    def __init__(self, encoder: EncoderClient, cache: EmbeddingCache, fraction: float) -> None:
+    def __init__(
+        self,
+        encoder: EncoderClient,
+        cache: EmbeddingCache,
+        fraction: float,
+        announce: Callable[[str], Awaitable[None]] | None = None,
+    ) -> None:
+        self._announce = announce
         self._encoder = encoder
         self._cache = cache
         self._fraction = fraction
@@ -163,10 +175,12 @@ class Auditor:
         try:
             digest = await asyncio.to_thread(content_digest, embedding)
             is_right = await self._encoder.audit(await image.whole_item(), namespace, digest)
+            if is_right is False:
+                self._cache.quarantine(namespace)
+                if self._announce is not None:
+                    await self._announce(namespace)
         except Exception:  # nobody awaits this task, and requests go on without it
             logger.exception("the audit of %s failed", image.item.mm_hash)
             metrics.audits.inc(tags={"result": "failed"})
             return
         metrics.audits.inc(tags={"result": {True: "equal", False: "different", None: "skipped"}[is_right]})
-        if is_right is False:
-            self._cache.quarantine(namespace)

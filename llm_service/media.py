@@ -21,7 +21,7 @@ from common.errors import (
 from common.families import ImageGeometry
 from common.identity import EmbeddingNamespace, image_of
 from common.media import ImageHeader, MediaItem, MediaParams, image_header
-from common.media_store import EVERYTHING, DeletionWatcher, MediaRecord, MediaStore
+from common.media_store import DeletionWatcher, MediaRecord, MediaStore, discard_from
 from llm_service.answer_cache import AnswerCache
 from llm_service.chat import AnyImagePart, Detail, ImagePart, MediaPart, check_content_hash
 from llm_service.features import FeatureSource, ImageFeatures, ImageRequest
@@ -252,18 +252,17 @@ class MediaLibrary:
         return (await self._features.namespace()).tenant
 
     async def _discard(self, event: str) -> None:
-        if event == EVERYTHING:
-            self._cache.clear_local()
+        mm_hash = discard_from(self._cache, event)
+        if mm_hash is None:
             return
-        for key in [key for key in self._pinning if image_of(key) == event]:
+        for key in [key for key in self._pinning if image_of(key) == mm_hash]:
             self._pinning[key].cancel()
-        self._cache.discard_image(event)
         if self._answers is not None:
-            self._answers.discard_image(event)
+            self._answers.discard_image(mm_hash)
         # The shared tier may have what this replica does not.
         namespace = await self._features.namespace()
         for params in (self.params, self._params["low"]):
-            self._cache.discard(namespace.key(event, str(params)))
+            self._cache.discard(namespace.key(mm_hash, str(params)))
 
     def _pin_later(self, key: str) -> None:
         if key not in self._pinning:

@@ -149,10 +149,10 @@ class LLMServer:
         self._decoder = decoder_description(model, half.device, engine_config)
         self._language_weights = half.digest
         self._prompt = PromptProcessor(directory, half.config, geometry, mrope_rule, self.max_model_len)
-        self._features = FeatureSource(encoder, cache, geometry, audit_fraction)
+        store = media_store if media_store is not None else open_media_store(CacheConfig())
+        self._features = FeatureSource(encoder, cache, geometry, audit_fraction, store.quarantine)
         self._cache = cache
         self._answers = answers
-        store = media_store if media_store is not None else open_media_store(CacheConfig())
         self.media = MediaLibrary(store, self._features, cache, geometry, params, model.limits, answers)
         self._defaults = generation_defaults(directory)
         self.engine: Engine = AsyncLLMEngine(engine)

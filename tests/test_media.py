@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import dataclasses
 import io
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image
 from common import metrics
 from common.cache import EmbeddingCache, LocalTier, TieredCache
 from common.config import MIB, CacheConfig, ModelConfig
-from common.embedding import VisionEmbedding
+from common.embedding import VisionEmbedding, pack, unpack
 from common.errors import UnavailableError
 from common.identity import mm_hash
 from common.local_redis import EMBEDDINGS, MEDIA, LocalRedis, RedisRole, find_redis_server
@@ -209,6 +210,28 @@ async def test_hit_of_a_reference_is_audited_with_the_bytes_that_are_kept(
     assert source_of(await replica.ask(reference(added["id"]))) == "local"
     await until(lambda: metrics.snapshot().get(name, 0.0) == before + 1)
     assert replica.encoder.num_encoded == 2
+
+
+async def test_embedding_with_a_wrong_bit_quarantines_its_namespace_in_every_replica(
+    replicas: Callable[..., Replica], tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, encoder = local_store(), encoder_of(tiny_checkpoint)
+    first, second = replicas(store, encoder), replicas(store, encoder)
+    for replica in (first, second):
+        text_of(await replica.ask(inline(picture())))
+    monkeypatch.setattr(first.server._features._auditor, "_fraction", 1.0)
+    (key,) = await first.cache.keys()
+    frame = await first.cache.read(key)
+    assert frame is not None
+    embedding = unpack(frame, key=key)
+    wrong = embedding.features.clone()
+    wrong[0, 0] += 1
+    first.cache.put(key, pack(dataclasses.replace(embedding, tensors={"features": wrong}), key=key))
+    text_of(await first.ask(inline(picture())))
+    namespace = str(await encoder.describe())
+    for replica in (first, second):
+        await until(lambda replica=replica: replica.server.cache_report()["quarantined"] == [namespace])
+    assert source_of(await second.ask(inline(picture()))) == "encoder"
 
 
 async def test_evicted_embedding_of_a_managed_image_is_encoded_again_silently(replica: Replica) -> None:
