@@ -1,6 +1,7 @@
 """LLMEngine: requests in, tokens out, one step at a time. One thread calls it."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 from common.checkpoint import LoadedHalf
@@ -12,6 +13,9 @@ from llm_service.engine.model_runner import ModelRunner
 from llm_service.engine.request import Request, RequestOutput, SamplingParams
 from llm_service.engine.sampler import Sampler
 from llm_service.engine.scheduler import Scheduler
+
+FAST_PREFIX_MULTIPLE = 16  # tokens; in `fast` numerics prefixes are reused in parts of a block, however large it is
+MAX_LOGPROBS = 20
 
 
 class LLMEngine:
@@ -41,7 +45,8 @@ class LLMEngine:
         self.kv_cache_manager = KVCacheManager(
             config.num_kv_blocks,
             config.block_size,
-            prefix_multiple=config.prefill_chunk_size if exact else config.block_size,
+            # no finer than a hash is worth, and dividing the block
+            prefix_multiple=config.prefill_chunk_size if exact else math.gcd(config.block_size, FAST_PREFIX_MULTIPLE),
             position_rule=mrope_rule,
         )
         self.scheduler = Scheduler(
@@ -59,12 +64,19 @@ class LLMEngine:
     def has_unfinished_requests(self) -> bool:
         return bool(self._requests)
 
-    def add_request(self, request: Request) -> None:
-        """Queues a request. Raises InvalidRequestError for one that can never be served as it is."""
-        self._check(request)
-        check_sampling_params(request.sampling_params, self.eos_token_ids, self.vocab_size)
-        self._requests[request.request_id] = request
-        self.scheduler.add(request)
+    def add_request(self, request: Request, forks: Sequence[Request] = ()) -> None:
+        """Queues a request, and others that begin like it and wait until its prompt is computed: see `Scheduler.add()`.
+        Raises InvalidRequestError if one of them can never be served as it is; then none is queued.
+        """
+        group = (request, *forks)
+        for one in group:
+            self._check(one)
+            check_sampling_params(one.sampling_params, self.eos_token_ids, self.vocab_size)
+        by_id = {one.request_id: one for one in group}
+        if len(by_id) < len(group):
+            raise ValueError(f"request {request.request_id} and its forks must have different ids")
+        self._requests |= by_id
+        self.scheduler.add(request, forks)
 
     def abort_request(self, request_id: str) -> None:
         """Forgets a request and frees its blocks; an unknown or finished one is no error."""
@@ -77,8 +89,11 @@ class LLMEngine:
         """Computes one batch; returns what is new. On CPU launching and reading back are the same."""
         scheduled = self.scheduler.schedule()
         logits_BV = self.model_runner.execute(scheduled)
-        token_ids = self.sampler.sample(logits_BV, scheduled.yielding_requests)
-        outputs = self.scheduler.update(scheduled, token_ids)
+        requests = scheduled.yielding_requests
+        if len(requests) > len(logits_BV):
+            logits_BV = logits_BV[scheduled.logits_rows]
+        sampled = self.sampler.sample(logits_BV, requests)
+        outputs = self.scheduler.update(scheduled, sampled.token_ids(), sampled.logprobs())
         for output in outputs:
             if output.finish_reason is not None:
                 del self._requests[output.request_id]
@@ -139,6 +154,11 @@ def check_sampling_params(params: SamplingParams, eos_token_ids: frozenset[int],
             all(0 <= token < vocab_size for token in params.stop_token_ids) and len(end_token_ids) < vocab_size,
             f"some of the vocabulary of {vocab_size} tokens",
         ),
+        "logit_bias": (
+            all(0 <= token < vocab_size and -100 <= bias <= 100 for token, bias in params.logit_bias),
+            f"from -100 to 100 for ids below {vocab_size}",
+        ),
+        "logprobs": (params.logprobs is None or 0 <= params.logprobs <= MAX_LOGPROBS, f"from 0 to {MAX_LOGPROBS}"),
     }
     for name, (holds, wanted) in rules.items():
         if not holds:

@@ -1,5 +1,6 @@
 """One packed forward of the decoder: SchedulerOutput in, logits out. Owns the weights and the KV memory."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -48,6 +49,7 @@ class ModelRunner:
     def execute(self, output: SchedulerOutput) -> Tensor:
         """float32 logits `[B, V]` of the yielding requests, in their order; B may be 0."""
         scheduled = output.scheduled
+        self.copy_blocks(output.block_copies)
         rows = packed_rows(scheduled)
         images = packed_images(scheduled, rows)
         embeds_TD = self._pad(self._embed(scheduled, images))
@@ -63,6 +65,12 @@ class ModelRunner:
             return torch.empty(0, self.lm_head.out_features)
         logits_BV: Tensor = self.lm_head(self._pad(hidden_TD[last_rows]))[: len(last_rows)]
         return logits_BV.float()
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copies KV blocks, pairs of from and to; all are read before one is written."""
+        if copies:
+            sources, targets = torch.tensor(copies, device=self.device).T
+            self.kv_cache[:, :, targets] = self.kv_cache[:, :, sources]
 
     def _embed(self, scheduled: list[ScheduledRequest], images: list[PackedImage]) -> Tensor:
         """Embeddings `[T, D]` of the scheduled tokens; image placeholders become the feature rows they stand for."""

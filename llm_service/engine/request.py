@@ -1,9 +1,10 @@
 """The engine's vocabulary: what goes in, what comes out, and what is known about a request in between."""
 
+import secrets
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from torch import Generator, Tensor
+from torch import Tensor
 
 from common.embedding import VisionEmbedding
 
@@ -44,7 +45,9 @@ class MultiModalFeature:
 class SamplingParams:
     """How the next token is chosen. `temperature` 0 is greedy and exact; `top_k` 0 and `max_tokens` None mean no limit.
 
-    Stop *strings* belong to the server, which sees text; the engine knows tokens only.
+    `logit_bias` pairs token ids with what is added to their logits. `logprobs` is how many of the likeliest tokens are
+    told with each token's own log probability; None tells neither. Stop *strings* belong to the server, which sees
+    text; the engine knows tokens only.
     """
 
     temperature: float = 0.0
@@ -59,6 +62,12 @@ class SamplingParams:
     min_tokens: int = 0
     ignore_eos: bool = False
     stop_token_ids: frozenset[int] = frozenset()
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+
+    @property
+    def has_penalties(self) -> bool:
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     def end_token_ids(self, eos_token_ids: frozenset[int]) -> frozenset[int]:
         """The tokens that end the answer, given those that end it by default."""
@@ -71,7 +80,10 @@ class Request:
 
     `positions` is int64 `[3, num_prompt_tokens]`, `next_position` the position of the first generated token;
     `cache_salt` keeps tenants from sharing KV blocks. `num_computed_tokens` says how far it is. The KV cache manager
-    keeps `block_table` and `block_hashes` here, the sampler its `generator`.
+    keeps `block_table` and `block_hashes` here. `seed` is the one of the sampling parameters or, without one, random.
+
+    `forks` are requests with this very prompt, `followers` others that begin alike. Both wait for its prompt: then the
+    forks go on from its KV blocks and its logits, and the followers are next in the queue.
     """
 
     request_id: str
@@ -88,8 +100,14 @@ class Request:
     num_cached_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[str] = field(default_factory=list)
-    generator: Generator | None = None
+    forks: list["Request"] = field(default_factory=list)
+    followers: list["Request"] = field(default_factory=list)
+    seed: int = field(init=False)
     finish_reason: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        seed = self.sampling_params.seed
+        self.seed = secrets.randbits(63) if seed is None else seed
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -104,6 +122,26 @@ class Request:
         answer = self.output_token_ids[max(0, start - self.num_prompt_tokens) : max(0, end - self.num_prompt_tokens)]
         return self.prompt_token_ids[start:end] + answer
 
+    def has_prompt_of(self, other: "Request") -> bool:
+        """The same tokens, images and tenant, so that one computation serves both."""
+        return (
+            self.prompt_token_ids == other.prompt_token_ids
+            and [(one.key, one.position, one.interval) for one in self.mm_features]
+            == [(one.key, one.position, one.interval) for one in other.mm_features]
+            and self.cache_salt == other.cache_salt
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural log probabilities under the model itself, before bias, penalties, temperature and grammar.
+
+    `top` has the likeliest tokens, best first; the chosen one need not be among them.
+    """
+
+    logprob: float
+    top: list[tuple[int, float]]
+
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
@@ -111,7 +149,7 @@ class RequestOutput:
 
     The engine fills `token_ids`, of which the last is the end token when the reason is `stop`; `text` is added by the
     server, which may hold back bytes of an unfinished character. `num_cached_tokens` counts prompt tokens whose KV
-    blocks were reused.
+    blocks were reused. `logprobs` has one entry for each token, if they were asked for.
     """
 
     request_id: str
@@ -119,3 +157,4 @@ class RequestOutput:
     text: str = ""
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0
+    logprobs: list[TokenLogprobs] = field(default_factory=list)

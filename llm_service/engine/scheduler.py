@@ -3,11 +3,11 @@
 import logging
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llm_service.config import EngineConfig
 from llm_service.engine.kv_cache import KVCacheManager
-from llm_service.engine.request import FinishReason, Request, RequestOutput, RequestStatus
+from llm_service.engine.request import FinishReason, Request, RequestOutput, RequestStatus, TokenLogprobs
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +32,24 @@ class ScheduledRequest:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
+    """`block_copies` are pairs of KV blocks, from and to, to copy before the forward: all are read before one is
+    written.
+    """
+
     scheduled: list[ScheduledRequest]
+    block_copies: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def yielding_requests(self) -> list[Request]:
-        return [item.request for item in self.scheduled if item.yields_token]
+        """Those that get a token; forks stand behind the request whose prompt, and so whose logits, are theirs."""
+        items = (item for item in self.scheduled if item.yields_token)
+        return [request for item in items for request in (item.request, *item.request.forks)]
+
+    @property
+    def logits_rows(self) -> list[int]:
+        """For each yielding request its row among the logits, which have one for each item that yields."""
+        items = (item for item in self.scheduled if item.yields_token)
+        return [row for row, item in enumerate(items) for _ in range(1 + len(item.request.forks))]
 
 
 class Scheduler:
@@ -44,6 +57,7 @@ class Scheduler:
 
     `running` is in order of arrival. A request gets the blocks of all its known tokens when it is admitted, so only
     growing answers run out of them; then the newest request is preempted: it loses its blocks and is computed anew.
+    A request is admitted together with its forks, which start to run when its prompt is computed.
 
     `exact` keeps the bits of every row independent of company and interruption. A prompt is cut at multiples of
     `prefill_chunk_size`, each chunk whole or not at all; only whole prompt chunks are shared as prefixes; and tokens
@@ -68,30 +82,46 @@ class Scheduler:
         self.running: list[Request] = []
         self.num_preemptions = 0
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, forks: Sequence[Request] = ()) -> None:
+        """Queues a request. `forks` begin like it and wait until its prompt is computed: those with the very same
+        prompt then share all of it, those with a longer one what they can reuse of it as a prefix.
+        """
+        for fork in forks:
+            (request.forks if fork.has_prompt_of(request) else request.followers).append(fork)
         self.waiting.append(request)
 
     def abort(self, request: Request) -> None:
-        if request.status is RequestStatus.RUNNING:
-            self.running.remove(request)
-        else:
-            self.waiting.remove(request)
+        if request.status is RequestStatus.RUNNING or request in self.waiting:
+            self._leave_queue(request)
+        else:  # it waits for another one's prompt
+            for other in (*self.waiting, *self.running):
+                other.forks = [fork for fork in other.forks if fork is not request]
+                other.followers = [follower for follower in other.followers if follower is not request]
         self._finish(request, FinishReason.ABORT)
+        self._hand_over(request)
 
     def schedule(self) -> SchedulerOutput:
         """Gives running requests their tokens and blocks, then admits waiting ones while both last."""
         num_preemptions = self.num_preemptions
-        running, budget = self._schedule_running(self.config.max_num_batched_tokens)
-        if self.num_preemptions > num_preemptions:  # the blocks are not even enough for those that run
-            return SchedulerOutput(running)
-        return SchedulerOutput(running + self._schedule_waiting(budget))
+        scheduled, budget = self._schedule_running(self.config.max_num_batched_tokens)
+        if self.num_preemptions == num_preemptions:  # else the blocks are not even enough for those that run
+            scheduled += self._schedule_waiting(budget)
+        return SchedulerOutput(scheduled, self.kv_cache_manager.take_copies())
 
-    def update(self, output: SchedulerOutput, token_ids: Sequence[int | None]) -> list[RequestOutput]:
+    def update(
+        self,
+        output: SchedulerOutput,
+        token_ids: Sequence[int | None],
+        logprobs: Sequence[TokenLogprobs | None] | None = None,
+    ) -> list[RequestOutput]:
         """Books a computed step; `token_ids` belong to its yielding requests, None where no token could be chosen."""
         yielding = output.yielding_requests
         for item in output.scheduled:
             self._advance(item.request, item.num_context_tokens)
-        return [self._append(request, token_id) for request, token_id in zip(yielding, token_ids, strict=True)]
+        for request in yielding:
+            self._start_forks(request)
+        tokens = zip(yielding, token_ids, logprobs or [None] * len(yielding), strict=True)
+        return [self._append(*token) for token in tokens]
 
     def _schedule_running(self, budget: int) -> tuple[list[ScheduledRequest], int]:
         """What the running requests compute, and how much of the budget is left."""
@@ -114,12 +144,15 @@ class Scheduler:
 
     def _schedule_waiting(self, budget: int) -> list[ScheduledRequest]:
         scheduled: list[ScheduledRequest] = []
-        while self.waiting and len(self.running) < self.config.max_num_seqs:
+        num_free_seats = self.config.max_num_seqs - sum(1 + len(request.forks) for request in self.running)
+        while self.waiting:
             request = self.waiting[0]
-            num_tokens = self._try_admit(request, budget)
+            num_seats = min(1 + len(request.forks), self.config.max_num_seqs)
+            num_tokens = self._try_admit(request, budget) if num_seats <= num_free_seats else 0
             if not num_tokens:
                 break  # nobody overtakes
             budget -= num_tokens
+            num_free_seats -= num_seats
             self.running.append(self.waiting.popleft())
             scheduled.append(ScheduledRequest(request, num_tokens))
         return scheduled
@@ -129,10 +162,9 @@ class Scheduler:
         if not budget:
             return 0
         # The last token is always computed, so that there are logits to choose the next one from.
-        prefix = 0
         if self.config.enable_prefix_caching:
-            prefix = self.kv_cache_manager.share_prefix(request, self._num_reusable_tokens(request) - 1)
-        request.num_computed_tokens = prefix
+            self.kv_cache_manager.share_prefix(request, self._num_reusable_tokens(request) - 1)
+        prefix = request.num_computed_tokens
         num_tokens = self._num_next_tokens(request, budget)
         if not num_tokens or not self.kv_cache_manager.allocate(request, request.num_tokens):
             self._release(request)
@@ -160,20 +192,50 @@ class Scheduler:
             limit = self._num_reusable_tokens(request)
             self.kv_cache_manager.keep_prefix(request, min(start, limit), min(num_computed_tokens, limit))
 
-    def _append(self, request: Request, token_id: int | None) -> RequestOutput:
+    def _start_forks(self, request: Request) -> None:
+        """Lets run, next to a request whose prompt has just been computed, those that waited for it."""
+        forks, request.forks = request.forks, []
+        place = self.running.index(request) + 1 if forks else 0
+        num_free_seats = self.config.max_num_seqs - len(self.running)
+        for fork in forks[:num_free_seats]:
+            self.kv_cache_manager.fork(request, fork, request.num_prompt_tokens)
+            fork.status = RequestStatus.RUNNING
+        self.running[place:place] = forks[:num_free_seats]
+        for fork in forks[num_free_seats:]:
+            fork.status = (
+                RequestStatus.PREEMPTED
+            )  # it gets its first token now, and computes its prompt when it may run
+        for fork in forks:
+            fork.num_cached_tokens = request.num_cached_tokens
+        self._queue_in_front([*forks[num_free_seats:], *request.followers])
+        request.followers = []
+
+    def _hand_over(self, request: Request) -> None:
+        """Lets somebody else compute the prompt that the forks of an aborted request wait for."""
+        waiting, request.forks = request.forks, []
+        followers, request.followers = request.followers, []
+        if waiting:
+            waiting[0].forks, waiting[0].followers = waiting[1:], followers
+        self._queue_in_front(waiting[:1] or followers)
+
+    def _queue_in_front(self, requests: list[Request]) -> None:
+        self.waiting.extendleft(reversed(requests))
+
+    def _append(self, request: Request, token_id: int | None, logprobs: TokenLogprobs | None) -> RequestOutput:
         if token_id is None:
             self.kv_cache_manager.forget(request)
         else:
             request.output_token_ids.append(token_id)
         reason = FinishReason.ERROR if token_id is None else self._finish_reason(request, token_id)
         if reason is not None:
-            self.running.remove(request)
+            self._leave_queue(request)
             self._finish(request, reason)
         return RequestOutput(
             request.request_id,
             [] if token_id is None else [token_id],
             finish_reason=reason,
             num_cached_tokens=request.num_cached_tokens,
+            logprobs=[] if token_id is None or logprobs is None else [logprobs],
         )
 
     def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
@@ -192,6 +254,9 @@ class Scheduler:
         self.waiting.appendleft(request)
         self.num_preemptions += 1
         return request
+
+    def _leave_queue(self, request: Request) -> None:
+        (self.running if request.status is RequestStatus.RUNNING else self.waiting).remove(request)
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         self._release(request)

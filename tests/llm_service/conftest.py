@@ -28,6 +28,7 @@ from common.families import VisionItem, mrope_positions, num_image_tokens
 from llm_service.config import EngineConfig
 from llm_service.engine.engine import LLMEngine
 from llm_service.engine.request import MultiModalFeature, PlaceholderRange, Request, RequestOutput, SamplingParams
+from llm_service.engine.sampler import SampledTokens
 
 transformers_logging.disable_progress_bar()
 
@@ -117,14 +118,20 @@ class RecordingEngine(LLMEngine):
         super().__init__(*args, **kwargs)
         self.logits: dict[str, list[Tensor]] = {}
         self.num_steps = 0
-        sample = self.sampler.sample
+        self.num_forked = 0
+        sample, fork = self.sampler.sample, self.kv_cache_manager.fork
 
-        def recorded(logits_BV: Tensor, requests: Sequence[Request]) -> list[int | None]:
+        def counted(parent: Request, child: Request, num_tokens: int) -> None:
+            self.num_forked += 1
+            fork(parent, child, num_tokens)
+
+        def recorded(logits_BV: Tensor, requests: Sequence[Request]) -> SampledTokens:
             for request, logits_V in zip(requests, logits_BV, strict=True):
                 self.logits.setdefault(request.request_id, []).append(logits_V.clone())
             return sample(logits_BV, requests)
 
         self.sampler.sample = recorded  # type: ignore[method-assign]
+        self.kv_cache_manager.fork = counted  # type: ignore[method-assign]
 
     def step(self) -> list[RequestOutput]:
         self.num_steps += 1

@@ -12,8 +12,10 @@ from llm_service.engine.request import MultiModalFeature, PlaceholderRange, Requ
 IMAGE = 300
 
 
-def manager(num_blocks: int = 8, *, prefix_multiple: int = 4, position_rule: str = "qwen") -> KVCacheManager:
-    return KVCacheManager(num_blocks, 4, prefix_multiple=prefix_multiple, position_rule=position_rule)
+def manager(
+    num_blocks: int = 8, block_size: int = 4, *, prefix_multiple: int = 4, position_rule: str = "qwen"
+) -> KVCacheManager:
+    return KVCacheManager(num_blocks, block_size, prefix_multiple=prefix_multiple, position_rule=position_rule)
 
 
 def request_of(token_ids: list[int], *images: MultiModalFeature, cache_salt: str = "") -> Request:
@@ -144,6 +146,117 @@ def test_random_use_never_loses_a_block() -> None:
     for request in running:
         blocks.free(request)
     blocks.check_integrity()
+
+
+def test_a_part_of_a_block_is_reused_by_copy() -> None:
+    blocks = manager(num_blocks=4, block_size=16, prefix_multiple=4)
+    first = computed(blocks, request_of(list(range(30))))
+    second = request_of([*range(27), 99, 98])
+    assert blocks.share_prefix(second, 28) == 24
+    assert second.block_table == first.block_table  # for now
+    assert blocks.allocate(second, 29)
+    assert second.block_table[0] == first.block_table[0]
+    assert blocks.take_copies() == [(first.block_table[1], second.block_table[1])]
+    assert blocks.take_copies() == []
+
+
+def test_whoever_writes_last_into_a_forked_block_keeps_it() -> None:
+    blocks = manager(num_blocks=8)
+    parent = request_of(list(range(6)))
+    blocks.allocate(parent, 6)
+    parent.num_computed_tokens = 6
+    children = [request_of(list(range(6))) for _ in range(2)]
+    for child in children:
+        blocks.fork(parent, child, 6)
+    shared = parent.block_table[1]
+    for request in (parent, *children):
+        assert blocks.allocate(request, 7)
+    assert [source for source, _ in blocks.take_copies()] == [shared, shared]
+    assert children[1].block_table[1] == shared
+    assert len({request.block_table[1] for request in (parent, *children)}) == 3
+
+
+def test_without_room_for_a_copy_the_last_owner_takes_the_block_over() -> None:
+    blocks = manager(num_blocks=2, block_size=16, prefix_multiple=4)
+    blocks.free(computed(blocks, request_of(list(range(30)))))
+    again = request_of([*range(20), *[99] * 12])
+    assert blocks.share_prefix(again, 31) == 20
+    assert blocks.allocate(again, 32)
+    assert blocks.take_copies() == []
+    blocks.free(again)
+    blocks.check_integrity()
+    assert blocks.share_prefix(request_of(list(range(30))), 29) == 16
+
+
+class Memory:
+    """What blocks hold, a row being the tokens up to it: as keys and values, it depends on all before."""
+
+    def __init__(self, blocks: KVCacheManager) -> None:
+        self.blocks = blocks
+        self.rows: list[list[tuple[int, ...]]] = [[()] * blocks.block_size for _ in range(blocks.num_blocks)]
+
+    def compute(self, request: Request, end: int) -> None:
+        copies = self.blocks.take_copies()
+        contents = [list(self.rows[source]) for source, _ in copies]
+        for (_, target), rows in zip(copies, contents, strict=True):
+            self.rows[target] = rows
+        start = request.num_computed_tokens
+        for index in range(start, end):
+            place, offset = divmod(index, self.blocks.block_size)
+            self.rows[request.block_table[place]][offset] = tuple(request.token_ids(0, index + 1))
+        request.num_computed_tokens = end
+        self.blocks.keep_prefix(request, start, end)
+
+    def check(self, request: Request) -> None:
+        for index in range(request.num_computed_tokens):
+            place, offset = divmod(index, self.blocks.block_size)
+            assert self.rows[request.block_table[place]][offset] == tuple(request.token_ids(0, index + 1))
+
+
+@pytest.mark.parametrize(("block_size", "prefix_multiple"), [(16, 4), (8, 8), (4, 8), (12, 1)])
+@pytest.mark.parametrize("seed", range(5))
+def test_random_forks_and_prefixes_never_change_what_a_request_has_computed(
+    block_size: int, prefix_multiple: int, seed: int
+) -> None:
+    rng = random.Random(seed)
+    blocks = manager(num_blocks=24, block_size=block_size, prefix_multiple=prefix_multiple)
+    memory = Memory(blocks)
+    running: list[Request] = []
+    num_shared = num_forked = 0
+    for _ in range(600):
+        match rng.randrange(4):
+            case 0 if running:  # one leaves
+                blocks.free(running.pop(rng.randrange(len(running))))
+            case 1:  # one arrives
+                request = request_of(rng.choices([0, 1], [20, 1], k=rng.randint(1, 40)))
+                num_shared += blocks.share_prefix(request, request.num_tokens - 1)
+                if blocks.allocate(request, request.num_tokens):
+                    memory.compute(request, rng.randint(request.num_computed_tokens + 1, request.num_tokens))
+                    running.append(request)
+                else:
+                    blocks.free(request)
+            case 2 if running:  # one is forked
+                parent = rng.choice(running)
+                num_tokens = rng.randint(1, parent.num_computed_tokens)
+                child = request_of([*parent.token_ids(0, num_tokens), rng.randrange(2)])
+                blocks.fork(parent, child, num_tokens)
+                running.append(child)
+                num_forked += 1
+            case _ if running:  # one says a token
+                request = rng.choice(running)
+                if request.num_computed_tokens == request.num_tokens:
+                    request.output_token_ids.append(rng.randrange(2))
+                if blocks.allocate(request, request.num_computed_tokens + 1):
+                    memory.compute(request, request.num_computed_tokens + 1)
+        for request in running:
+            memory.check(request)
+        used = {block for request in running for block in request.block_table}
+        assert len(used) + blocks.num_available_blocks == 24
+    for request in running:
+        blocks.free(request)
+    blocks.check_integrity()
+    assert num_shared > 100
+    assert num_forked > 50
 
 
 def test_integrity_notices_a_block_that_was_not_given_back() -> None:

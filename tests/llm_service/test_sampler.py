@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from llm_service.engine.request import Request, SamplingParams
-from llm_service.engine.sampler import Sampler, distribution, penalize
+from llm_service.engine.sampler import DrawnRows, Sampler, warp
 
 VOCAB = 50
 EOS = 3
@@ -26,6 +26,18 @@ def request_of(prompt: list[int] | None = None, output: list[int] | None = None,
     request = Request("r", prompt or [1, 2], torch.zeros(3, 2), 2, SamplingParams(**sampling))
     request.output_token_ids = output or []
     return request
+
+
+def sample(sampler: Sampler, logits: torch.Tensor, requests: list[Request]) -> list[int | None]:
+    return sampler.sample(logits, requests).token_ids()
+
+
+def say(sampler: Sampler, logits: torch.Tensor, requests: list[Request]) -> list[int | None]:
+    """Samples and books the tokens, so that the next ones are drawn anew."""
+    tokens = sample(sampler, logits, requests)
+    for request, token in zip(requests, tokens, strict=True):
+        request.output_token_ids.append(token)
+    return tokens
 
 
 def random_logits(seed: int, rows: int = 1) -> torch.Tensor:
@@ -54,9 +66,16 @@ def test_the_distribution_is_that_of_transformers(sampling: dict[str, Any]) -> N
     for seed in range(20):
         logits = random_logits(seed)
         expected = warpers(torch.zeros(1, 1, dtype=torch.long), logits)[0].softmax(-1)
-        actual = distribution(logits[0], params)
+        actual = warp(logits, DrawnRows([0], [params], [0], torch.device("cpu")))[0].softmax(-1)
         assert torch.equal(actual > 0, expected > 0)
         torch.testing.assert_close(actual, expected)
+
+
+def edited(logits: torch.Tensor, *requests: Request) -> torch.Tensor:
+    """The logits that one request's token is chosen from."""
+    sampler = Sampler(frozenset())
+    sampler.sample(logits, list(requests))
+    return sampler._edit(logits)[0]
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.3, 2.0])
@@ -64,7 +83,7 @@ def test_the_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
     logits = random_logits(0)
     request = request_of([1, 2, 2, 40], [7, 7, 9], repetition_penalty=penalty)
     expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([request.token_ids(0, 7)]), logits.clone())
-    assert torch.equal(penalize(logits[0], request), expected[0])
+    assert torch.equal(edited(logits, request), expected[0])
 
 
 def test_presence_and_frequency_penalties_follow_openai_and_count_the_answer_only() -> None:
@@ -73,23 +92,22 @@ def test_presence_and_frequency_penalties_follow_openai_and_count_the_answer_onl
     expected = logits.clone()
     for token, count in Counter(request.output_token_ids).items():
         expected[token] -= count * 0.25 + 0.5
-    assert torch.equal(penalize(logits, request), expected)
+    assert torch.equal(edited(logits[None], request), expected)
 
 
 def test_greedy_is_the_argmax_and_leaves_random_state_alone() -> None:
     logits = random_logits(2, rows=8)
     requests = [request_of(temperature=temperature) for temperature in (0.0, 1e-9) * 4]
     state = torch.get_rng_state()
-    assert Sampler(frozenset()).sample(logits, requests) == logits.argmax(-1).tolist()
+    assert sample(Sampler(frozenset()), logits, requests) == logits.argmax(-1).tolist()
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(request.generator is None for request in requests)
 
 
 def test_penalties_hold_for_greedy_too() -> None:
     logits = torch.zeros(1, VOCAB)
     logits[0, 5], logits[0, 6] = 2.0, 1.9
     request = request_of(output=[5], repetition_penalty=1.5)
-    assert Sampler(frozenset()).sample(logits, [request]) == [6]
+    assert sample(Sampler(frozenset()), logits, [request]) == [6]
 
 
 def test_the_same_seed_draws_the_same_tokens_in_any_company() -> None:
@@ -98,20 +116,20 @@ def test_the_same_seed_draws_the_same_tokens_in_any_company() -> None:
     seeded = {"temperature": 1.0, "seed": 11}
 
     alone = request_of(**seeded)
-    expected = [sampler.sample(row, [alone])[0] for row in logits]
+    expected = [say(sampler, row, [alone])[0] for row in logits]
     assert len(set(expected)) > 5
 
     torch.manual_seed(99)
     company, unseeded = request_of(**seeded), request_of(temperature=2.0)
     batches = [torch.cat([random_logits(1000 + index), row]) for index, row in enumerate(logits)]
-    assert [sampler.sample(batch, [unseeded, company])[1] for batch in batches] == expected
+    assert [say(sampler, batch, [unseeded, company])[1] for batch in batches] == expected
 
 
 def test_requests_without_a_seed_differ() -> None:
     sampler = Sampler(frozenset())
     flat = torch.zeros(1, VOCAB)
     first, second = request_of(temperature=1.0), request_of(temperature=1.0)
-    answers = [sampler.sample(flat.expand(2, -1), [first, second]) for _ in range(20)]
+    answers = [say(sampler, flat.expand(2, -1), [first, second]) for _ in range(20)]
     assert any(a != b for a, b in answers)
 
 
@@ -120,7 +138,7 @@ def test_drawing_follows_the_distribution() -> None:
     logits[0, :3] = torch.tensor([0.5, 0.3, 0.2]).log()
     request = request_of(temperature=1.0, seed=0)
     sampler = Sampler(frozenset())
-    counts = Counter(sampler.sample(logits, [request])[0] for _ in range(3000))
+    counts = Counter(say(sampler, logits, [request])[0] for _ in range(3000))
     assert [counts[token] / 3000 for token in range(3)] == pytest.approx([0.5, 0.3, 0.2], abs=0.03)
 
 
@@ -132,7 +150,7 @@ def test_end_tokens_are_masked_until_min_tokens(temperature: float) -> None:
 
     def token(num_output: int, **sampling: Any) -> int | None:
         request = request_of(output=[1] * num_output, min_tokens=3, temperature=temperature, **sampling)
-        return sampler.sample(logits, [request])[0]
+        return sample(sampler, logits, [request])[0]
 
     assert token(2) == 8
     assert token(2, stop_token_ids=frozenset([8])) == 9
@@ -144,7 +162,7 @@ def test_end_tokens_are_masked_until_min_tokens(temperature: float) -> None:
 @pytest.mark.parametrize("temperature", [1e-4, 1e-300, 1e300])
 def test_no_temperature_overflows(temperature: float) -> None:
     request = request_of(temperature=temperature, top_p=0.9, min_p=0.1, seed=1)
-    (token,) = Sampler(frozenset()).sample(random_logits(3), [request])
+    (token,) = sample(Sampler(frozenset()), random_logits(3), [request])
     assert token is not None
 
 
@@ -152,5 +170,5 @@ def test_no_temperature_overflows(temperature: float) -> None:
 def test_logits_that_are_not_finite_choose_nothing(value: float) -> None:
     logits = random_logits(4, rows=3)
     logits[1, 7] = value
-    tokens = Sampler(frozenset()).sample(logits, [request_of(temperature=t) for t in (0.0, 1.0, 1.0)])
+    tokens = sample(Sampler(frozenset()), logits, [request_of(temperature=t) for t in (0.0, 1.0, 1.0)])
     assert [token is None for token in tokens] == [False, True, False]

@@ -22,11 +22,15 @@ def scheduler_of(*, exact: bool = True, num_kv_blocks: int = 64, **config: Any) 
     return Scheduler(engine_config, blocks, max_num_tokens=num_kv_blocks * 4, eos_token_ids=frozenset(), exact=exact)
 
 
-def add(scheduler: Scheduler, request_id: str, num_prompt_tokens: int, max_tokens: int = 100) -> Request:
+def request_of(request_id: str, num_prompt_tokens: int, max_tokens: int = 100) -> Request:
     """A request whose tokens are its own, so that it shares no prefix."""
     token_ids = [crc32(f"{request_id}{index}".encode()) for index in range(num_prompt_tokens)]
     positions = torch.arange(num_prompt_tokens).expand(3, -1)
-    request = Request(request_id, token_ids, positions, num_prompt_tokens, SamplingParams(max_tokens=max_tokens))
+    return Request(request_id, token_ids, positions, num_prompt_tokens, SamplingParams(max_tokens=max_tokens))
+
+
+def add(scheduler: Scheduler, request_id: str, num_prompt_tokens: int, max_tokens: int = 100) -> Request:
+    request = request_of(request_id, num_prompt_tokens, max_tokens)
     scheduler.add(request)
     return request
 
