@@ -37,3 +37,23 @@ def tiers(
     from deploy.bench import tiers as policies
 
     policies.run(output)
+
+
+@bench.command()
+def engine(
+    model: Annotated[Path | None, typer.Option(help="On a CPU: a checkpoint; by default the embedded one.")] = None,
+    exactness: Annotated[bool, typer.Option("--exactness", help="GPU: whether company changes bits, instead.")] = False,
+    output: Annotated[Path, typer.Option(help="The figures.")] = Path("fovea-bench-engine.json"),
+) -> None:
+    """The decoder alone: on a GPU beside the limits of its memory and its products, on a CPU beside `generate()`."""
+    import torch
+
+    from deploy.bench import engine as decoder
+    from deploy.shapes import CHECKPOINT
+
+    if not torch.cuda.is_available():
+        decoder.run_cpu(model or CHECKPOINT, output)
+    elif exactness:
+        decoder.exactness(output)
+    else:
+        decoder.run_gpu(output)

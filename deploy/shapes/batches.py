@@ -50,16 +50,17 @@ MAX_CLIP_SIDE = 448
 MIN_FRAMES, MAX_FRAMES = 4, 6
 STEPS_PER_SHAPE = 800
 FIRST_STEPS = 3000  # with more single pictures, from which the rest is learned faster
+LATE_STEP = 13_293  # from here on half of the chats ask before they show, which is learned last
 
 # `blocks`: pictures, then independent questions. `text_first`: the question, then the pictures. `dialogue`: one
 # conversation of several turns about one picture. `new_picture`: another picture comes in the second turn.
 Layout = Literal["blocks", "text_first", "dialogue", "new_picture"]
 MIXTURE: dict[tuple[Form, Layout], float] = {
-    ("image", "blocks"): 0.44,
+    ("image", "blocks"): 0.42,
     ("image", "text_first"): 0.06,
     ("image", "dialogue"): 0.03,
     ("image", "new_picture"): 0.04,
-    ("images", "blocks"): 0.19,
+    ("images", "blocks"): 0.21,
     ("images", "text_first"): 0.03,
     ("frames", "blocks"): 0.08,
     ("frames", "text_first"): 0.015,
@@ -67,15 +68,21 @@ MIXTURE: dict[tuple[Form, Layout], float] = {
     ("video", "text_first"): 0.015,
     ("video", "dialogue"): 0.01,
 }
+TEXT_FIRST: dict[tuple[Form, Layout], float] = {
+    ("image", "text_first"): 0.5,
+    ("images", "text_first"): 0.35,
+    ("frames", "text_first"): 0.08,
+    ("video", "text_first"): 0.07,
+}
 QUESTIONS_PER_ROW: dict[Layout, int] = {"blocks": 6, "text_first": 1, "dialogue": 4, "new_picture": 4}
 IMAGE_CATEGORIES: dict[str, float] = {
     "colour": 1.0,
     "shape": 1.0,
-    "count": 2.0,
+    "count": 3.0,
     "exists": 1.5,
     "where": 3.5,
-    "size": 5.0,
-    "describe": 4.0,
+    "size": 8.0,
+    "describe": 3.0,
 }
 
 
@@ -158,6 +165,8 @@ class Batches(Dataset[Batch]):
         form, layout = rng.choices(list(MIXTURE), list(MIXTURE.values()))[0]
         if self.start + index < FIRST_STEPS and rng.random() < 0.5:
             form, layout = "image", "blocks"
+        if self.start + index >= LATE_STEP and rng.random() < 0.5:
+            form, layout = rng.choices(list(TEXT_FIRST), list(TEXT_FIRST.values()))[0]
         batch = sample_batch(rng, form, layout, self.max_rows, max_shapes(self.start + index))
         return replace(batch, questions=[]).packed()  # training needs the tokens of the questions only
 

@@ -20,13 +20,15 @@ from deploy.shapes.scenes import COLOURS, KINDS, MERGE_SIZE, grid_of
 NUM_KINDS, NUM_COLOURS, NUM_GEOMETRY = len(KINDS) + 1, len(COLOURS), 3  # kind 0 is the background
 POINTS = 7  # along a side of a cell, at which the outline of the shapes is asked for
 BACKGROUND_WEIGHT = 0.1
+GEOMETRY_WEIGHTS = (0.25, 0.25, 1.0)  # of x, y, radius
 FRAME_OUTPUTS = NUM_KINDS + NUM_COLOURS + 1 + NUM_GEOMETRY + POINTS**2
 
 
 @dataclass(frozen=True, slots=True)
 class CellTargets:
     """What is in each cell of each frame, [U, 2, V]. Geometry [U, 2, V, 3] is the offset of the cell from the centre of
-    the shape in x and y, and the radius of the shape, in cells."""
+    the shape in x and y, in cells, and the binary logarithm of the shape's radius in cells: sizes are told apart by
+    their ratio."""
 
     kind: Tensor
     colour: Tensor
@@ -42,6 +44,7 @@ def cell_targets(group: PictureGroup) -> CellTargets:
     kind, colour, x, y, radius = group.shapes.unbind(-1)  # each [P, K]
     x, y = x * columns / group.width, y * rows / group.height
     radius_x, radius_y = radius * columns / group.width, radius * rows / group.height
+    log_radius = ((radius_x + radius_y) / 2).clamp(min=0.1).log2()
     cell = torch.arange(rows * columns, device=device)
     cell_x, cell_y = (cell % columns) + 0.5, (cell // columns) + 0.5  # [V]
     dx, dy = cell_x[:, None] - x[:, None], cell_y[:, None] - y[:, None]  # [P, V, K]
@@ -66,7 +69,7 @@ def cell_targets(group: PictureGroup) -> CellTargets:
         kind=paired(torch.where(touched, pick(kind).long() + 1, 0)),
         colour=paired(pick(colour).long()),
         is_centre=paired(is_centre.any(-1).float()),
-        geometry=paired(torch.stack([along(dx), along(dy), pick((radius_x + radius_y) / 2)], dim=-1)),
+        geometry=paired(torch.stack([along(dx), along(dy), pick(log_radius)], dim=-1)),
         outline=paired(outline_points(group, rows, columns)),
     )
 
@@ -105,7 +108,8 @@ class AuxiliaryHeads(nn.Module):
         colour_loss = F.cross_entropy(colour.flatten(0, 2), targets.colour.flatten(), reduction="none")
         colour_loss = (colour_loss * touched.flatten()).sum() / num_touched
         centre_loss = F.binary_cross_entropy_with_logits(centre[..., 0], targets.is_centre)
-        geometry_loss = F.smooth_l1_loss(geometry, targets.geometry, reduction="none").mean(-1)
+        errors = F.smooth_l1_loss(geometry, targets.geometry, reduction="none", beta=0.25)
+        geometry_loss = (errors * errors.new_tensor(GEOMETRY_WEIGHTS)).sum(-1)
         geometry_loss = (geometry_loss * touched).sum() / num_touched
         outline_loss = F.binary_cross_entropy_with_logits(outline, targets.outline, reduction="none").mean(-1)
         weight = touched + BACKGROUND_WEIGHT

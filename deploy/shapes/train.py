@@ -4,7 +4,8 @@
 
 With the same seed, every picture, question and initial weight is the same, and with `--steps` the learning rates are
 too; the arithmetic of a GPU is not bitwise reproducible, so two runs end close to each other, not equal. A run that
-`--stop-after-s` cuts short is continued by the same command.
+`--stop-after-s` cuts short is continued by the same command. `--finish CHECKPOINT` goes on from a checkpoint with what
+is learned last: new optimizer, no auxiliary losses, batches from LATE_STEP on.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Qwen2VLForConditionalGeneration
 
-from deploy.shapes.batches import MAX_ROWS, MIXTURE, Batch, Batches, PictureGroup, sample_batch, unchanged
+from deploy.shapes.batches import LATE_STEP, MAX_ROWS, MIXTURE, Batch, Batches, PictureGroup, sample_batch, unchanged
 from deploy.shapes.drawing import add_noise, draw, imitate_jpeg, palette_on, patchify, resize
 from deploy.shapes.model import (
     PLAIN_FUNCTIONS,
@@ -168,6 +169,10 @@ def train(arguments: argparse.Namespace) -> None:
     state_file = arguments.state / "state.pt"
     progress = Progress(arguments.seed)
     model = new_model(arguments.seed)
+    auxiliary_weight = AUXILIARY_WEIGHT
+    if arguments.finish is not None:
+        model = Qwen2VLForConditionalGeneration.from_pretrained(arguments.finish, dtype=torch.float32)
+        progress.step, auxiliary_weight = LATE_STEP, 0.0
     heads = AuxiliaryHeads(model.config.text_config.hidden_size)
     state = torch.load(state_file, weights_only=True) if state_file.exists() else None
     if state is not None:
@@ -206,7 +211,7 @@ def train(arguments: argparse.Namespace) -> None:
         time.monotonic() - started,
     )
     generator = torch.Generator(device)
-    seconds_before = progress.seconds
+    seconds_before, first_step = progress.seconds, LATE_STEP if arguments.finish is not None else 0
     begin = reported = time.monotonic()
     steps_reported = progress.step
     losses: list[Tensor] = []
@@ -216,7 +221,7 @@ def train(arguments: argparse.Namespace) -> None:
         if done >= 1.0:
             break
         batch = next(batches).to(device)
-        rate = learning_rate(arguments.learning_rate, progress.step, done)
+        rate = learning_rate(arguments.learning_rate, progress.step - first_step, done)
         for parameters in optimizer.param_groups:
             parameters["lr"] = rate
         generator.manual_seed(progress.seed * 10**9 + progress.step)
@@ -226,7 +231,7 @@ def train(arguments: argparse.Namespace) -> None:
         for group, features in zip(batch.groups, activations.features, strict=True):
             auxiliary = auxiliary + heads.shape_loss(group, features) / len(batch.groups)
         optimizer.zero_grad(set_to_none=True)
-        (loss + AUXILIARY_WEIGHT * (1.0 - done) * auxiliary).backward()
+        (loss + auxiliary_weight * (1.0 - done) * auxiliary).backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, MAX_GRADIENT_NORM)
         # The fused optimizer leaves a step out by itself, so that the host need not wait to look at the norm.
         optimizer.found_inf = (~norm.isfinite()).float()
@@ -277,6 +282,7 @@ def parse_arguments() -> argparse.Namespace:
     length.add_argument("--minutes", type=float, default=0.0, help="how long; its speed decides the steps")
     length.add_argument("--steps", type=int, default=0, help="how many steps")
     parser.add_argument("--stop-after-s", type=float, default=math.inf, help="save and stop; run again to continue")
+    parser.add_argument("--finish", type=Path, metavar="CHECKPOINT", help="weights to go on from, with --minutes")
     parser.add_argument("--learning-rate", type=float, default=PEAK_LEARNING_RATE, help="the peak")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", type=int, default=MAX_ROWS, help="chats in a batch, at most")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from common.checkpoint import LoadedHalf
@@ -9,13 +10,22 @@ from common.errors import InvalidRequestError
 from common.families import MropeRule
 from llm_service.config import EngineConfig
 from llm_service.engine.kv_cache import KVCacheManager
-from llm_service.engine.model_runner import ModelRunner
+from llm_service.engine.model_runner import ModelRunner, TransformersRunner
 from llm_service.engine.request import Request, RequestOutput, SamplingParams
-from llm_service.engine.sampler import Sampler
-from llm_service.engine.scheduler import Scheduler
+from llm_service.engine.sampler import SampledTokens, Sampler
+from llm_service.engine.scheduler import Scheduler, SchedulerOutput
 
 FAST_PREFIX_MULTIPLE = 16  # tokens; in `fast` numerics prefixes are reused in parts of a block, however large it is
 MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A step that is being computed. `must_be_seen`: before the next one is scheduled."""
+
+    scheduled: SchedulerOutput
+    sampled: SampledTokens
+    must_be_seen: bool
 
 
 class LLMEngine:
@@ -40,10 +50,12 @@ class LLMEngine:
         self.vocab_size: int = text_config.vocab_size
         self.hidden_size: int = text_config.hidden_size
         self.model_max_len: int = text_config.max_position_embeddings
-        self.num_kv_tokens = config.num_kv_blocks * config.block_size
+        self.model_runner = make_model_runner(loaded, config, exact=exact)
+        num_kv_blocks = self.model_runner.num_kv_blocks
+        self.num_kv_tokens = num_kv_blocks * config.block_size
         self.max_model_len = min(config.max_model_len, self.model_max_len, self.num_kv_tokens)
         self.kv_cache_manager = KVCacheManager(
-            config.num_kv_blocks,
+            num_kv_blocks,
             config.block_size,
             # no finer than a hash is worth, and dividing the block
             prefix_multiple=config.prefill_chunk_size if exact else math.gcd(config.block_size, FAST_PREFIX_MULTIPLE),
@@ -56,10 +68,10 @@ class LLMEngine:
             eos_token_ids=eos_token_ids,
             exact=exact,
         )
-        self.model_runner = ModelRunner(loaded, config, exact=exact)
         self.sampler = Sampler(eos_token_ids)
         self.eos_token_ids = eos_token_ids
         self._requests: dict[str, Request] = {}  # the unfinished ones
+        self._in_flight: _Launched | None = None
 
     def has_unfinished_requests(self) -> bool:
         return bool(self._requests)
@@ -86,18 +98,34 @@ class LLMEngine:
             self._check_when_idle()
 
     def step(self) -> list[RequestOutput]:
-        """Computes one batch; returns what is new. On CPU launching and reading back are the same."""
+        """Launches one batch and returns what is new of the one before, so that a GPU need not wait for the host."""
         scheduled = self.scheduler.schedule()
+        # There is nothing to compute when all wait for their last token.
+        launched = self._launch(scheduled) if scheduled.scheduled else None
+        previous, self._in_flight = self._in_flight, launched
+        outputs = self._collect(previous) if previous is not None else []
+        if launched is not None and launched.must_be_seen:
+            self._in_flight = None
+            outputs += self._collect(launched)
+        self._check_when_idle()
+        return outputs
+
+    def _launch(self, scheduled: SchedulerOutput) -> "_Launched":
         logits_BV = self.model_runner.execute(scheduled)
         requests = scheduled.yielding_requests
         if len(requests) > len(logits_BV):
             logits_BV = logits_BV[scheduled.logits_rows]
         sampled = self.sampler.sample(logits_BV, requests)
-        outputs = self.scheduler.update(scheduled, sampled.token_ids(), sampled.logprobs())
+        self.model_runner.remember_tokens(sampled.token_ids_B, requests)
+        must_be_seen = not self.model_runner.is_asynchronous or any(request.must_see_tokens for request in requests)
+        return _Launched(scheduled, sampled, must_be_seen)
+
+    def _collect(self, launched: "_Launched") -> list[RequestOutput]:
+        token_ids = launched.sampled.token_ids()
+        outputs = self.scheduler.update(launched.scheduled, token_ids, launched.sampled.logprobs())
         for output in outputs:
             if output.finish_reason is not None:
                 del self._requests[output.request_id]
-        self._check_when_idle()
         return outputs
 
     def _check_when_idle(self) -> None:
@@ -111,7 +139,7 @@ class LLMEngine:
             raise InvalidRequestError(
                 f"the prompt has {num_tokens} tokens; with at least 1 token of answer it exceeds {self.max_model_len}, "
                 f"the least of max_model_len {self.config.max_model_len}, the model's own {self.model_max_len}, and "
-                f"num_kv_blocks {self.config.num_kv_blocks} x block_size {self.config.block_size}",
+                f"num_kv_blocks {self.model_runner.num_kv_blocks} x block_size {self.config.block_size}",
                 param="messages",
                 code="context_length_exceeded",
             )
@@ -134,6 +162,18 @@ class LLMEngine:
                         f"{self.hidden_size}"
                     )
             end = offset + length
+
+
+def make_model_runner(loaded: LoadedHalf, config: EngineConfig, *, exact: bool) -> ModelRunner:
+    """Of own kernels where there is a GPU and they know the layers, else of transformers' modules."""
+    if loaded.device.type == "cuda":
+        # Triton comes with the CUDA builds of torch only.
+        from llm_service.engine.cuda_runner import CudaModelRunner
+        from llm_service.engine.fused_decoder import is_supported
+
+        if is_supported(loaded.model.model.language_model):
+            return CudaModelRunner(loaded, config, exact=exact)
+    return TransformersRunner(loaded, config, exact=exact)
 
 
 def check_sampling_params(params: SamplingParams, eos_token_ids: frozenset[int], vocab_size: int) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from llm_service.engine.scheduler import ScheduledRequest, SchedulerOutput
 # A matrix product picks its kernel by its number of rows, and every kernel sums in its own order. From 16 rows on it
 # is one kernel on the CPUs that were measured, so `exact` numerics never shows a product fewer.
 MIN_EXACT_ROWS = 16
+DEFAULT_NUM_KV_BLOCKS = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +32,27 @@ class PackedImage:
     embedding_rows: slice
 
 
-class ModelRunner:
-    """Calls the text model of the stock class, never its outer forward, which keeps position state between calls."""
+class ModelRunner(Protocol):
+    """What the engine sees of the device. `is_asynchronous`: `execute()` only launches, and the next step may be
+    launched before the tokens of this one are read."""
+
+    is_asynchronous: bool
+    num_kv_blocks: int
+
+    def execute(self, output: SchedulerOutput) -> Tensor:
+        """Logits `[B, V]`, a row for each scheduled item that yields a token, in their order; B may be 0."""
+
+    def remember_tokens(self, token_ids_B: Tensor, requests: Sequence[Request]) -> None:
+        """Keeps the tokens that were chosen on the device, for a step that is launched before the host knows them."""
+
+
+class TransformersRunner:
+    """Calls the text model of the stock class, never its outer forward, which keeps position state between calls.
+
+    Launching and reading back are one on a CPU: when `execute()` returns, the step is computed.
+    """
+
+    is_asynchronous = False
 
     def __init__(self, loaded: LoadedHalf, config: EngineConfig, *, exact: bool) -> None:
         self.device, self.dtype = loaded.device, loaded.dtype
@@ -41,13 +61,20 @@ class ModelRunner:
         self.block_size = config.block_size
         self.min_rows = MIN_EXACT_ROWS if exact else 1
         text_config = self.language_model.config
-        _check_supported(text_config)
+        check_supported(text_config)
         text_config._attn_implementation = ATTENTION_IMPLEMENTATION
-        self.kv_cache = torch.zeros(kv_cache_shape(text_config, config), dtype=self.dtype, device=self.device)
+        if config.gpu_memory_utilization is not None:
+            raise ValueError(f"gpu_memory_utilization is for the decoder's own kernels on a GPU, not for {self.device}")
+        self.num_kv_blocks = config.num_kv_blocks or DEFAULT_NUM_KV_BLOCKS
+        shape = kv_cache_shape(text_config, self.num_kv_blocks, config.block_size)
+        self.kv_cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def remember_tokens(self, token_ids_B: Tensor, requests: Sequence[Request]) -> None:
+        pass  # the host knows them
 
     @torch.inference_mode()
     def execute(self, output: SchedulerOutput) -> Tensor:
-        """float32 logits `[B, V]` of the yielding requests, in their order; B may be 0."""
+        """In float32."""
         scheduled = output.scheduled
         self.copy_blocks(output.block_copies)
         rows = packed_rows(scheduled)
@@ -75,9 +102,7 @@ class ModelRunner:
     def _embed(self, scheduled: list[ScheduledRequest], images: list[PackedImage]) -> Tensor:
         """Embeddings `[T, D]` of the scheduled tokens; image placeholders become the feature rows they stand for."""
         token_ids = [
-            token
-            for item in scheduled
-            for token in item.request.token_ids(item.request.num_computed_tokens, item.num_context_tokens)
+            token for item in scheduled for token in item.request.token_ids(item.start, item.num_context_tokens)
         ]
         embeds_TD: Tensor = self.language_model.embed_tokens(torch.tensor(token_ids, device=self.device))
         for image in images:
@@ -86,15 +111,13 @@ class ModelRunner:
 
     def _positions(self, scheduled: list[ScheduledRequest]) -> Tensor:
         """M-RoPE positions `[T, 3]`."""
-        positions = [
-            positions_of(item.request, item.request.num_computed_tokens, item.num_context_tokens) for item in scheduled
-        ]
+        positions = [positions_of(item.request, item.start, item.num_context_tokens) for item in scheduled]
         return torch.cat(positions, dim=1).T.to(self.device)
 
     def _attention_metadata(self, scheduled: list[ScheduledRequest], rows: list[slice]) -> AttentionMetadata:
         sequences, slots = [], []
         for item, span in zip(scheduled, rows, strict=True):
-            start, end, table = item.request.num_computed_tokens, item.num_context_tokens, item.request.block_table
+            start, end, table = item.start, item.num_context_tokens, item.request.block_table
             blocks = torch.tensor(table[: -(-end // self.block_size)], device=self.device)
             mask = causal_mask(item.num_scheduled_tokens, end, self.device)
             sequences.append(PackedSequence(span, blocks, end, mask))
@@ -107,11 +130,11 @@ class ModelRunner:
         return torch.cat([rows, rows.new_zeros(num_missing, rows.shape[1])]) if num_missing else rows
 
 
-def kv_cache_shape(text_config: Any, config: EngineConfig) -> tuple[int, ...]:
+def kv_cache_shape(text_config: Any, num_blocks: int, block_size: int) -> tuple[int, ...]:
     """`[layers, 2, blocks, block_size, kv_heads, head_dim]`."""
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
     layers, kv_heads = text_config.num_hidden_layers, text_config.num_key_value_heads
-    return layers, 2, config.num_kv_blocks, config.block_size, kv_heads, head_dim
+    return layers, 2, num_blocks, block_size, kv_heads, head_dim
 
 
 def packed_rows(scheduled: list[ScheduledRequest]) -> list[slice]:
@@ -132,10 +155,10 @@ def packed_images(scheduled: list[ScheduledRequest], rows: list[slice]) -> list[
     """The images, or parts of images, among the scheduled tokens, in the order of their rows."""
     images = []
     for item, span in zip(scheduled, rows, strict=True):
-        shift = span.start - item.request.num_computed_tokens
+        shift = span.start - item.start
         for feature in item.request.mm_features:
             offset = feature.position.offset
-            start = max(item.request.num_computed_tokens, offset)
+            start = max(item.start, offset)
             end = min(item.num_context_tokens, offset + feature.position.length)
             if start < end:
                 embedding_rows = slice(start - offset, end - offset)
@@ -155,7 +178,7 @@ def deepstack_arguments(images: list[PackedImage], num_rows: int) -> dict[str, A
     return {"visual_pos_masks": is_image_T[None], "deepstack_visual_embeds": rows_of_layers}
 
 
-def _check_supported(text_config: Any) -> None:
+def check_supported(text_config: Any) -> None:
     """Raises ValueError for what this attention and these positions would silently compute wrong."""
     if "sliding_attention" in (getattr(text_config, "layer_types", None) or ()):
         raise ValueError("text models with sliding window attention are not supported")

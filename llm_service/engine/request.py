@@ -84,6 +84,8 @@ class Request:
 
     `forks` are requests with this very prompt, `followers` others that begin alike. Both wait for its prompt: then the
     forks go on from its KV blocks and its logits, and the followers are next in the queue.
+
+    `num_pending_tokens`, 0 or 1, are sampled and not yet read back; `pending_row` is their place on the device.
     """
 
     request_id: str
@@ -98,6 +100,8 @@ class Request:
     output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
+    num_pending_tokens: int = 0
+    pending_row: int = 0
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[str] = field(default_factory=list)
     forks: list["Request"] = field(default_factory=list)
@@ -116,6 +120,16 @@ class Request:
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """With the pending ones."""
+        return len(self.output_token_ids) + self.num_pending_tokens
+
+    @property
+    def must_see_tokens(self) -> bool:
+        """No next step before the tokens of this one are known: they decide what may follow, or who goes on."""
+        return self.sampling_params.has_penalties or bool(self.forks or self.followers)
 
     def token_ids(self, start: int, end: int) -> list[int]:
         """Tokens `start` to `end` of prompt and answer as one sequence, copying no more than these."""

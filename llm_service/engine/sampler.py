@@ -34,12 +34,14 @@ class Sampler:
 
     @torch.inference_mode()
     def sample(self, logits_BV: Tensor, requests: Sequence[Request]) -> "SampledTokens":
-        """The next token of each request, still on the device. The logits, float32, are not changed."""
+        """The next token, counted as pending, of each request; still on the device. The logits are not changed."""
         if self._plan.requests != requests or self._plan.device != logits_BV.device:
             self._plan = _Plan(list(requests), logits_BV.device)
         plan = self._plan
         if not requests:
             return SampledTokens(torch.empty(0, dtype=torch.long, device=logits_BV.device))
+        if not plan.is_greedy:
+            logits_BV = logits_BV.float()
         maxima_B, greedy_B = logits_BV.max(dim=-1)
         edited_BV = self._edit(logits_BV)
         token_ids_B = greedy_B if edited_BV is logits_BV else edited_BV.argmax(-1)
@@ -74,24 +76,29 @@ class Sampler:
 
 
 class SampledTokens:
-    """The tokens of one step, on the device until they are read."""
+    """The tokens of one step, on their way from the device; reading waits for them, and for nothing launched later."""
 
     def __init__(self, token_ids_B: Tensor, logprobs: "_Logprobs | None" = None) -> None:
         self.token_ids_B = token_ids_B  # -1 where the logits are not finite and say nothing
         self._logprobs = logprobs
+        self._token_ids = token_ids_B.to("cpu", non_blocking=True)
+        self._arrived = torch.cuda.current_stream().record_event() if token_ids_B.is_cuda else None
 
     def token_ids(self) -> list[int | None]:
-        """One transfer from the device; None where nothing could be chosen."""
-        return [None if token_id < 0 else token_id for token_id in self.token_ids_B.tolist()]
+        """None where nothing could be chosen."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return [None if token_id < 0 else token_id for token_id in self._token_ids.tolist()]
 
     def logprobs(self) -> list[TokenLogprobs | None] | None:
-        """Another transfer, and only if a request asked for it."""
+        """After `token_ids()`; None if no request asked for it."""
         return None if self._logprobs is None else self._logprobs.read(len(self.token_ids_B))
 
 
 @dataclass(frozen=True, slots=True)
 class _Logprobs:
-    """`table` `[L, 1 + 2K]` float64, so that one transfer has all: the chosen token's, the top values, their ids."""
+    """`table` `[L, 1 + 2K]` float64 on the host, so that one transfer has all: the chosen token's, the top values,
+    their ids."""
 
     counts: dict[int, int]  # row -> how many top tokens it wants
     table: Tensor
@@ -102,7 +109,8 @@ class _Logprobs:
         logprobs_LV = logits_BV[index].log_softmax(-1)
         chosen_L1 = logprobs_LV.gather(-1, token_ids_B[index].clamp(min=0)[:, None])
         values_LK, ids_LK = logprobs_LV.topk(min(max(counts.values()), logits_BV.shape[-1]))
-        return cls(counts, torch.cat([chosen_L1.double(), values_LK.double(), ids_LK.double()], dim=-1))
+        table = torch.cat([chosen_L1.double(), values_LK.double(), ids_LK.double()], dim=-1)
+        return cls(counts, table.to("cpu", non_blocking=True))
 
     def read(self, num_rows: int) -> list[TokenLogprobs | None]:
         found: list[TokenLogprobs | None] = [None] * num_rows
@@ -130,7 +138,7 @@ class DrawnRows:
 
     def uniforms(self, requests: Sequence[Request]) -> "np.ndarray[Any, np.dtype[np.floating[Any]]]":
         """SplitMix64 (Steele, Lea and Flood, 2014): the seed, mixed, begins a sequence; tokens count its members."""
-        counters = np.array([1 + len(requests[row].output_token_ids) for row in self.rows], np.uint64)
+        counters = np.array([requests[row].num_output_tokens for row in self.rows], np.uint64)
         return (_mix(self._keys + counters * _GOLDEN_GAMMA) >> np.uint64(11)) * 2.0**-53
 
 
@@ -179,13 +187,15 @@ class _Plan:
         if biases:
             rows, token_ids, values = zip(*biases, strict=True)
             self.bias = _to(device, rows), _to(device, token_ids), _to(device, values, torch.float32)
+        edited = self.penalized is not None or self.bias is not None or bool(self._with_min_tokens)
+        self.is_greedy = not (edited or drawn or self.logprobs)
 
     def early_ends(self, eos_token_ids: frozenset[int]) -> list[tuple[int, int]]:
         """Pairs of row and token that would end an answer before its `min_tokens`."""
         pairs = []
         for row in self._with_min_tokens:
             request = self.requests[row]
-            if len(request.output_token_ids) < request.sampling_params.min_tokens:
+            if request.num_output_tokens <= request.sampling_params.min_tokens:
                 pairs += [(row, token) for token in request.sampling_params.end_token_ids(eos_token_ids)]
         return pairs
 

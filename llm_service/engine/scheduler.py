@@ -14,20 +14,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ScheduledRequest:
-    """The next `num_scheduled_tokens` of a request are computed in this step."""
+    """Tokens `start` to `start + num_scheduled_tokens` of a request are computed in this step. It yields a token if the
+    last of them is the request's last, so that its logits say the next one.
+    """
 
     request: Request
+    start: int
     num_scheduled_tokens: int
+    yields_token: bool
 
     @property
     def num_context_tokens(self) -> int:
         """Tokens whose keys and values exist after the step."""
-        return self.request.num_computed_tokens + self.num_scheduled_tokens
-
-    @property
-    def yields_token(self) -> bool:
-        """The step computes the last known token, so that its logits say the next one."""
-        return self.num_context_tokens == self.request.num_tokens
+        return self.start + self.num_scheduled_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +53,9 @@ class SchedulerOutput:
 
 class Scheduler:
     """First come, first served; the only one to touch the queues.
+
+    A step may be scheduled before the tokens of the last one are known: they are *pending*, and only what they are is
+    unknown. Should one of them end its request, what the step computes behind it is thrown away.
 
     `running` is in order of arrival. A request gets the blocks of all its known tokens when it is admitted, so only
     growing answers run out of them; then the newest request is preempted: it loses its blocks and is computed anew.
@@ -106,7 +108,12 @@ class Scheduler:
         scheduled, budget = self._schedule_running(self.config.max_num_batched_tokens)
         if self.num_preemptions == num_preemptions:  # else the blocks are not even enough for those that run
             scheduled += self._schedule_waiting(budget)
-        return SchedulerOutput(scheduled, self.kv_cache_manager.take_copies())
+        output = SchedulerOutput(scheduled, self.kv_cache_manager.take_copies())
+        for item in scheduled:
+            item.request.num_computed_tokens = item.num_context_tokens
+        for request in output.yielding_requests:
+            request.num_pending_tokens += 1
+        return output
 
     def update(
         self,
@@ -117,11 +124,11 @@ class Scheduler:
         """Books a computed step; `token_ids` belong to its yielding requests, None where no token could be chosen."""
         yielding = output.yielding_requests
         for item in output.scheduled:
-            self._advance(item.request, item.num_context_tokens)
+            self._keep_prefix(item)
         for request in yielding:
             self._start_forks(request)
         tokens = zip(yielding, token_ids, logprobs or [None] * len(yielding), strict=True)
-        return [self._append(*token) for token in tokens]
+        return [self._append(*token) for token in tokens if token[0].status is not RequestStatus.FINISHED]
 
     def _schedule_running(self, budget: int) -> tuple[list[ScheduledRequest], int]:
         """What the running requests compute, and how much of the budget is left."""
@@ -132,7 +139,7 @@ class Scheduler:
             num_tokens = self._num_next_tokens(request, budget)
             if num_tokens and self._make_room(request, request.num_computed_tokens + num_tokens):
                 budget -= num_tokens
-                scheduled.append(ScheduledRequest(request, num_tokens))
+                scheduled.append(self._scheduled(request, num_tokens))
         return scheduled, budget
 
     def _make_room(self, request: Request, num_tokens: int) -> bool:
@@ -154,12 +161,16 @@ class Scheduler:
             budget -= num_tokens
             num_free_seats -= num_seats
             self.running.append(self.waiting.popleft())
-            scheduled.append(ScheduledRequest(request, num_tokens))
+            scheduled.append(self._scheduled(request, num_tokens))
         return scheduled
+
+    def _scheduled(self, request: Request, num_tokens: int) -> ScheduledRequest:
+        start, num_known = request.num_computed_tokens, request.num_tokens + request.num_pending_tokens
+        return ScheduledRequest(request, start, num_tokens, yields_token=start + num_tokens == num_known)
 
     def _try_admit(self, request: Request, budget: int) -> int:
         """The tokens of its first step, or 0 with nothing changed when budget or blocks do not allow one."""
-        if not budget:
+        if not budget or request.num_pending_tokens:
             return 0
         # The last token is always computed, so that there are logits to choose the next one from.
         if self.config.enable_prefix_caching:
@@ -176,8 +187,10 @@ class Scheduler:
 
     def _num_next_tokens(self, request: Request, budget: int) -> int:
         computed = request.num_computed_tokens
+        if request.num_pending_tokens and self._ends_at_length(request, request.num_pending_tokens):
+            return 0
         if not self.exact:
-            return min(request.num_tokens - computed, budget)
+            return min(request.num_tokens + request.num_pending_tokens - computed, budget)
         if computed >= request.num_prompt_tokens:
             return min(1, budget)
         num_tokens = min(request.num_prompt_tokens - computed, self.config.prefill_chunk_size)
@@ -186,11 +199,12 @@ class Scheduler:
     def _num_reusable_tokens(self, request: Request) -> int:
         return request.num_prompt_tokens if self.exact else request.num_tokens
 
-    def _advance(self, request: Request, num_computed_tokens: int) -> None:
-        start, request.num_computed_tokens = request.num_computed_tokens, num_computed_tokens
-        if self.config.enable_prefix_caching:
+    def _keep_prefix(self, item: ScheduledRequest) -> None:
+        request = item.request
+        # A request that was stopped or preempted since the step was launched has no blocks any more.
+        if self.config.enable_prefix_caching and item.num_context_tokens <= request.num_computed_tokens:
             limit = self._num_reusable_tokens(request)
-            self.kv_cache_manager.keep_prefix(request, min(start, limit), min(num_computed_tokens, limit))
+            self.kv_cache_manager.keep_prefix(request, min(item.start, limit), min(item.num_context_tokens, limit))
 
     def _start_forks(self, request: Request) -> None:
         """Lets run, next to a request whose prompt has just been computed, those that waited for it."""
@@ -222,6 +236,7 @@ class Scheduler:
         self.waiting.extendleft(reversed(requests))
 
     def _append(self, request: Request, token_id: int | None, logprobs: TokenLogprobs | None) -> RequestOutput:
+        request.num_pending_tokens -= 1
         if token_id is None:
             self.kv_cache_manager.forget(request)
         else:
@@ -242,9 +257,14 @@ class Scheduler:
         params = request.sampling_params
         if token_id in params.end_token_ids(self.eos_token_ids):
             return FinishReason.STOP
-        if len(request.output_token_ids) == params.max_tokens or request.num_tokens == self.max_num_tokens:
-            return FinishReason.LENGTH
-        return None
+        return FinishReason.LENGTH if self._ends_at_length(request, 0) else None
+
+    def _ends_at_length(self, request: Request, num_more_tokens: int) -> bool:
+        max_tokens = request.sampling_params.max_tokens
+        return (
+            len(request.output_token_ids) + num_more_tokens == max_tokens
+            or request.num_tokens + num_more_tokens == self.max_num_tokens
+        )
 
     def _preempt_newest(self) -> Request:
         request = self.running.pop()

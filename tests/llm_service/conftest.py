@@ -27,8 +27,10 @@ from common.embedding import Grid, VisionEmbedding, deepstack_names
 from common.families import VisionItem, mrope_positions, num_image_tokens
 from llm_service.config import EngineConfig
 from llm_service.engine.engine import LLMEngine
+from llm_service.engine.model_runner import TransformersRunner
 from llm_service.engine.request import MultiModalFeature, PlaceholderRange, Request, RequestOutput, SamplingParams
 from llm_service.engine.sampler import SampledTokens
+from llm_service.engine.scheduler import SchedulerOutput
 
 transformers_logging.disable_progress_bar()
 
@@ -111,6 +113,24 @@ class Prompt:
         return True
 
 
+class AsynchronousRunner(TransformersRunner):
+    """On the CPU what a GPU's runner is: the tokens of a step are on the device before the host reads them."""
+
+    is_asynchronous = True
+
+    def remember_tokens(self, token_ids_B: Tensor, requests: Sequence[Request]) -> None:
+        self.remembered = dict(zip(map(id, requests), token_ids_B.tolist(), strict=True))
+
+    def execute(self, output: SchedulerOutput) -> Tensor:
+        pending = [item.request for item in output.scheduled if item.num_context_tokens > item.request.num_tokens]
+        for request in pending:
+            request.output_token_ids.append(self.remembered[id(request)])
+        logits_BV = super().execute(output)
+        for request in pending:
+            request.output_token_ids.pop()
+        return logits_BV
+
+
 class RecordingEngine(LLMEngine):
     """Keeps every token's logits in `logits[request_id]`."""
 
@@ -170,16 +190,24 @@ class TinyModel:
         return Prompt(parts)
 
     def engine(
-        self, numerics: Literal["exact", "fast"] = "exact", eos: Iterable[int] = (), **config: Any
+        self,
+        numerics: Literal["exact", "fast"] = "exact",
+        eos: Iterable[int] = (),
+        *,
+        asynchronous: bool = False,
+        **config: Any,
     ) -> RecordingEngine:
         defaults = {"block_size": 8, "num_kv_blocks": 256, "prefill_chunk_size": 16, "max_model_len": 512}
-        return RecordingEngine(
+        engine = RecordingEngine(
             self.loaded,
             EngineConfig(**{**defaults, **config}),
             numerics=numerics,
             eos_token_ids=frozenset(eos),
             mrope_rule="qwen",
         )
+        if asynchronous:
+            engine.model_runner = AsynchronousRunner(self.loaded, engine.config, exact=numerics == "exact")
+        return engine
 
     @torch.inference_mode()
     def refer(self, prompt: Prompt) -> Prompt:
@@ -291,6 +319,12 @@ def each_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     return tiny_model("qwen2_vl", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session", params=sorted(MODELS))
+def wide_gpu_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """Wide enough for the kernels of a GPU."""
+    return tiny_model(request.param, tmp_path_factory.mktemp("wide-gpu"), hidden=512)
 
 
 @pytest.fixture(scope="session")

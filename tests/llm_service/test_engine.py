@@ -84,7 +84,7 @@ def test_tokens_are_those_of_the_one_piece_model_in_thousands_of_workloads(each_
     check_against_one_piece_model(each_model, numerics, 1000, seed=1)
 
 
-def check_exact(model: Any, count: int, seed: int) -> None:
+def check_exact(model: Any, count: int, seed: int, *, asynchronous: bool = False) -> None:
     """Everything about the engine may vary but the chunk size, which is part of the numerics."""
     alone: dict[int, torch.Tensor] = {}
     for index, prompt in enumerate(model.prompts):
@@ -93,11 +93,12 @@ def check_exact(model: Any, count: int, seed: int) -> None:
         alone[index] = torch.stack(engine.logits["r"])
     num_preemptions = num_cached_tokens = 0
     for workload in workloads(model, count, seed):
-        engine = model.engine(**{**workload.config, "prefill_chunk_size": 16})
+        engine = model.engine(**{**workload.config, "prefill_chunk_size": 16}, asynchronous=asynchronous)
         requests = workload.requests(model)
         engine.serve(requests, workload.arrivals)
         for request, index, max_tokens in zip(requests, workload.indices, workload.max_tokens, strict=True):
             logits = torch.stack(engine.logits[request.request_id])
+            assert len(request.output_token_ids) == max_tokens
             assert torch.equal(logits, alone[index][:max_tokens]), (workload, request.request_id)
             num_cached_tokens += request.num_cached_tokens
         num_preemptions += engine.num_preemptions
@@ -107,6 +108,35 @@ def check_exact(model: Any, count: int, seed: int) -> None:
 
 def test_exact_logits_do_not_depend_on_company_budget_preemption_or_prefix(wide_model: Any) -> None:
     check_exact(wide_model, 40, seed=2)
+
+
+def test_steps_launched_before_the_last_tokens_are_read_change_no_bit(wide_model: Any) -> None:
+    check_exact(wide_model, 20, seed=6, asynchronous=True)
+
+
+@pytest.mark.parametrize("numerics", ["exact", "fast"])
+def test_an_end_that_is_seen_late_ends_the_answer_where_it_should(model: Any, numerics: str) -> None:
+    requests = [[prompt.request(str(index)) for index, prompt in enumerate(model.prompts)] for _ in range(2)]
+    eos = [prompt.reference_tokens[place] for place, prompt in enumerate(model.prompts)]
+    engines = [model.engine(numerics, eos, asynchronous=late, num_kv_blocks=40) for late in (False, True)]
+    answers = [engine.serve(these, range(len(these))) for engine, these in zip(engines, requests, strict=True)]
+    assert answers[0] == answers[1]
+    assert any(len(answer) < 24 for answer in answers[1].values())
+    assert any(len(answer) == 24 or answer[-1] in eos for answer in answers[1].values())
+
+
+def test_a_request_aborted_while_its_token_is_on_the_device_leaves_no_trace(model: Any) -> None:
+    engine = model.engine(asynchronous=True)
+    first, second = model.prompts[1].request("first"), model.prompts[1].request("second")
+    engine.add_request(first)
+    engine.add_request(second)
+    for _ in range(6):
+        engine.step()
+    engine.abort_request("first")
+    while engine.has_unfinished_requests():
+        assert {output.request_id for output in engine.step()} <= {"second"}
+    assert model.prompts[1].check_tokens(second.output_token_ids)
+    engine.step()  # nothing is left in flight
 
 
 def test_exact_logits_do_not_depend_on_how_deepstack_rows_are_cut(wide_deepstack_model: Any) -> None:

@@ -23,7 +23,7 @@ EOS = 3
 
 
 def request_of(prompt: list[int] | None = None, output: list[int] | None = None, **sampling: Any) -> Request:
-    request = Request("r", prompt or [1, 2], torch.zeros(3, 2), 2, SamplingParams(**sampling))
+    request = Request("r", prompt or [1, 2], torch.zeros(3, 2), 2, SamplingParams(**sampling), num_pending_tokens=1)
     request.output_token_ids = output or []
     return request
 

@@ -1,0 +1,364 @@
+"""The model runner on CUDA: decode steps replayed from CUDA graphs, prompts launched kernel by kernel.
+
+Everything is launched and nothing is read back, so that the host prepares the next step while this one is computed.
+"""
+
+import logging
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.checkpoint import LoadedHalf
+from llm_service.config import EngineConfig
+from llm_service.engine.fused_decoder import FusedDecoder, Plan, PromptBatch
+from llm_service.engine.kernels import DecodeBatch, Tile, Workspace
+from llm_service.engine.model_runner import (
+    PackedImage,
+    check_supported,
+    kv_cache_shape,
+    packed_images,
+    packed_rows,
+    positions_of,
+)
+from llm_service.engine.request import Request
+from llm_service.engine.scheduler import ScheduledRequest, SchedulerOutput
+
+logger = logging.getLogger(__name__)
+
+# B: rows of a decode step, up to a bucket's size; T: rows of packed prompts; D: hidden size; V: vocabulary.
+
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+# How a product is cut, by rows up to. Only the number of splits decides the order of its sums, so `exact` numerics,
+# where no bit may depend on the number of rows, keeps it for all. Measured on an H200: deploy/bench/NOTES.md.
+NUM_PRODUCT_SPLITS = {"qkv": 1, "out": 2, "gate_up": 1, "down": 5, "head": 1}
+TILES = {
+    16: {
+        "qkv": Tile(16, 16, 128),
+        "out": Tile(16, 32, 128),
+        "gate_up": Tile(16, 64, 128, num_stages=3),
+        "down": Tile(16, 32, 128),
+        "head": Tile(16, 128, 128, num_stages=3),
+    },
+    64: {
+        "qkv": Tile(64, 16, 128),
+        "out": Tile(64, 32, 128, num_stages=3),
+        "gate_up": Tile(64, 128, 64, num_warps=8),
+        "down": Tile(64, 32, 128),
+        "head": Tile(64, 128, 64),
+    },
+    256: {
+        "qkv": Tile(64, 64, 128, num_stages=3),
+        "out": Tile(64, 32, 128, num_stages=3),
+        "gate_up": Tile(128, 64, 64, num_warps=8),
+        "down": Tile(128, 128, 64, num_warps=8),
+        "head": Tile(128, 256, 64, num_warps=8, num_stages=3),
+    },
+}
+EXACT_CONTEXT_SPLITS = 8
+DEFAULT_GPU_MEMORY_UTILIZATION = 0.9
+# `fast`: the products that beat cuBLAS, and the splits of the context, by rows up to
+FAST_PRODUCTS = {16: ("qkv", "out", "gate_up", "down", "head"), 64: ("gate_up",), 256: ()}
+FAST_CONTEXT_SPLITS = {4: 32, 8: 16, 32: 8, 64: 4, 128: 2, 256: 1}
+
+
+def plan_for(num_rows: int, decoder: FusedDecoder, *, exact: bool) -> Plan:
+    names = tuple(NUM_PRODUCT_SPLITS) if exact else FAST_PRODUCTS[_at_least(num_rows, FAST_PRODUCTS)]
+    tiles = TILES[_at_least(num_rows, TILES)]
+    first = decoder.layers[0]
+    sizes = {"out": first.out.shape[1], "down": first.down.shape[1]}  # of what is summed over, where it is split
+    splits = {name: _num_product_splits(NUM_PRODUCT_SPLITS[name], sizes.get(name, 0)) for name in names}
+    context_splits = EXACT_CONTEXT_SPLITS if exact else FAST_CONTEXT_SPLITS[_at_least(num_rows, FAST_CONTEXT_SPLITS)]
+    return Plan({name: replace(tiles[name], num_splits=splits[name]) for name in names}, context_splits)
+
+
+def _num_product_splits(wanted: int, size: int) -> int:
+    """At most `wanted` shares of a sum, of whole steps each."""
+    return next(splits for splits in range(wanted, 0, -1) if size % (128 * splits) == 0)
+
+
+def _at_least(value: int, steps: Iterable[int]) -> int:
+    """The smallest of ascending `steps` that is not below `value`, or else the greatest."""
+    ascending = list(steps)
+    return ascending[min(bisect_left(ascending, value), len(ascending) - 1)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    """A captured decode step of one batch size. `inputs` int32 `[4, B]`: token, row among the tokens of the step
+    before or -1, length with the new token, position."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: Tensor
+    logits_BV: Tensor
+
+
+class CudaModelRunner:
+    """Owns the weights, the KV memory and the graphs. `exact` computes each chunk of a prompt alone, in as many rows
+    as a chunk can have, and decode rows by products and attention whose sums no batch size changes."""
+
+    is_asynchronous = True
+
+    def __init__(self, loaded: LoadedHalf, config: EngineConfig, *, exact: bool) -> None:
+        self.device, self.dtype, self.exact, self.config = loaded.device, loaded.dtype, exact, config
+        self.language_model: Any = loaded.model.model.language_model
+        lm_head: Any = loaded.model.lm_head
+        text_config = self.language_model.config
+        check_supported(text_config)
+        self.max_rows = config.max_num_seqs
+        self.max_model_len = min(config.max_model_len, text_config.max_position_embeddings)
+        self.previous_tokens = torch.zeros(self.max_rows, dtype=torch.long, device=self.device)
+        num_profiled = -(-config.max_num_batched_tokens // config.block_size) + 1
+        profiled = config.num_kv_blocks or num_profiled
+        self.kv_cache = self._kv_memory(text_config, profiled)
+        self.decoder = FusedDecoder(self.language_model, lm_head, self.kv_cache, self.max_model_len)
+        if config.num_kv_blocks is None:
+            self.kv_cache = self._kv_memory(text_config, self._num_blocks_that_fit(text_config))
+            self.decoder.kv_cache = self.kv_cache
+        self.num_kv_blocks: int = self.kv_cache.shape[2]
+        self.workspace = self._workspace()
+        self.tables = _BlockTables(self.max_rows, -(-self.max_model_len // config.block_size), self.device)
+        self.graphs: dict[int, _Graph] = {}
+        self._capture_graphs()
+
+    @torch.inference_mode()
+    def execute(self, output: SchedulerOutput) -> Tensor:
+        """Logits `[B, V]` of the items that yield a token, in their order; B may be 0."""
+        self._copy_blocks(output.block_copies)
+        decoding = [item for item in output.scheduled if is_decode(item)]
+        prompts = [item for item in output.scheduled if not is_decode(item)]
+        logits = []
+        if decoding:
+            logits.append(self._decode(decoding))
+        if prompts:
+            batches = [[item] for item in prompts] if self.exact else [prompts]
+            logits += [self._prefill(batch) for batch in batches]
+        if len(logits) == 1:
+            return logits[0]
+        if not logits:
+            return torch.empty(0, self.decoder.head.shape[0], device=self.device)
+        computed = [item for item in decoding + prompts if item.yields_token]
+        place = {id(item): row for row, item in enumerate(computed)}
+        order = [place[id(item)] for item in output.scheduled if item.yields_token]
+        joined = torch.cat(logits)
+        return joined if order == list(range(len(order))) else joined[_to_device(order, self.device)]
+
+    def remember_tokens(self, token_ids_B: Tensor, requests: Sequence[Request]) -> None:
+        # Where nothing could be chosen any token will do: the request has ended.
+        torch.clamp(token_ids_B, min=0, out=self.previous_tokens[: len(token_ids_B)])
+        for row, request in enumerate(requests):
+            request.pending_row = row
+
+    def _decode(self, items: list[ScheduledRequest]) -> Tensor:
+        num_rows = len(items)
+        bucket = _at_least(num_rows, self.graphs)
+        graph = self.graphs[bucket]
+        inputs = np.zeros((4, bucket), np.int32)
+        inputs[1] = -1
+        for row, item in enumerate(items):
+            request, index = item.request, item.start
+            inputs[0, row], inputs[1, row] = _token_or_row(request, index)
+            inputs[2, row] = index + 1
+            inputs[3, row] = request.next_position + index - request.num_prompt_tokens
+        graph.inputs.copy_(torch.from_numpy(inputs).pin_memory(), non_blocking=True)
+        self.tables.update([item.request for item in items])
+        graph.graph.replay()
+        return graph.logits_BV[:num_rows]
+
+    def _prefill(self, items: list[ScheduledRequest]) -> Tensor:
+        rows = packed_rows(items)
+        num_tokens = rows[-1].stop
+        num_rows = self.config.prefill_chunk_size if self.exact else num_tokens
+        images = packed_images(items, rows)
+        token_ids = [token for item in items for token in item.request.token_ids(item.start, item.num_context_tokens)]
+        embeds_TD: Tensor = self.language_model.embed_tokens(
+            _to_device(token_ids + [0] * (num_rows - num_tokens), self.device)
+        )
+        for image in images:
+            features = image.embedding.features[image.embedding_rows]
+            embeds_TD[image.rows] = features.to(self.device, self.dtype, non_blocking=True)
+        hidden_TD = self.decoder.prefill(embeds_TD, self._prompt_batch(items, images, num_rows))
+        last_rows = [span.stop - 1 for item, span in zip(items, rows, strict=True) if item.yields_token]
+        if not last_rows:
+            return hidden_TD.new_empty(0, len(self.decoder.head))
+        plan = self._plan(len(last_rows))
+        return self.decoder.logits(hidden_TD[_to_device(last_rows, self.device)], plan, self.workspace)
+
+    def _prompt_batch(self, items: list[ScheduledRequest], images: list[PackedImage], num_rows: int) -> PromptBatch:
+        positions_3T = torch.cat([positions_of(item.request, item.start, item.num_context_tokens) for item in items], 1)
+        num_missing = num_rows - positions_3T.shape[1]
+        positions_3T = torch.nn.functional.pad(positions_3T, (0, num_missing))
+        cosines, sines = self._rotations(positions_3T.pin_memory().to(self.device, non_blocking=True))
+        slots = [self._slots(item.request, item.start, item.num_context_tokens) for item in items]
+        slots.append(np.full(num_missing, -1))
+        lengths = [item.num_scheduled_tokens for item in items]
+        contexts = [item.num_context_tokens for item in items]
+        has_past = any(item.start for item in items)
+        seen = [self._slots(item.request, 0, item.num_context_tokens) for item in items] if has_past else []
+        return PromptBatch(
+            cosines,
+            sines,
+            _to_device(np.concatenate(slots), self.device),
+            _to_device(np.cumsum([0, *lengths]), self.device, torch.int32),
+            _to_device(np.cumsum([0, *contexts]), self.device, torch.int32),
+            max_query=self.config.prefill_chunk_size if self.exact else max(lengths),
+            max_context=max(contexts),
+            context_slots=_to_device(np.concatenate(seen), self.device) if has_past else None,
+            deepstack_TD=self._deepstack(images, num_rows),
+        )
+
+    def _rotations(self, positions_3T: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines `[T, E]` in the model's dtype, by the model's own rule for the three axes."""
+        probe = torch.empty(0, dtype=self.dtype, device=self.device)
+        cosines, sines = self.language_model.rotary_emb(probe, positions_3T[:, None])
+        return cosines[0].contiguous(), sines[0].contiguous()
+
+    def _deepstack(self, images: list[PackedImage], num_rows: int) -> tuple[Tensor, ...]:
+        """`[T, D]` for each layer whose output gets rows of images added; zeros elsewhere."""
+        depth = max((len(image.embedding.deepstack) for image in images), default=0)
+        size = self.decoder.head.shape[1]
+        added = tuple(torch.zeros(num_rows, size, dtype=self.dtype, device=self.device) for _ in range(depth))
+        for image in images:
+            for layer_TD, rows_ND in zip(added, image.embedding.deepstack, strict=True):
+                rows = rows_ND[image.embedding_rows]
+                layer_TD[image.rows] = rows.to(self.device, self.dtype, non_blocking=True)
+        return added
+
+    def _slots(self, request: Request, start: int, end: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
+        tokens = np.arange(start, end)
+        size = self.config.block_size
+        return np.asarray(request.block_table)[tokens // size] * size + tokens % size
+
+    def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        if copies:
+            sources, targets = _to_device(copies, self.device).T
+            self.kv_cache[:, :, targets] = self.kv_cache[:, :, sources]
+
+    def _sizes(self) -> list[int]:
+        """Of the graphs."""
+        return sorted({*(size for size in BUCKETS if size < self.max_rows), self.max_rows})
+
+    def _capture_graphs(self) -> None:
+        pool = torch.cuda.graph_pool_handle()
+        for size in reversed(self._sizes()):  # the largest first, whose memory the others share
+            inputs = torch.zeros(4, size, dtype=torch.int32, device=self.device)
+            plan = self._plan(size)
+            self._decode_rows(inputs, plan)  # compiles what is new
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                logits_BV = self._decode_rows(inputs, plan)
+            self.graphs[size] = _Graph(graph, inputs, logits_BV)
+        self.graphs = dict(sorted(self.graphs.items()))
+
+    @torch.inference_mode()
+    def _decode_rows(self, inputs_4B: Tensor, plan: Plan) -> Tensor:
+        token_ids, sources, lengths, positions = inputs_4B
+        known = sources < 0
+        previous = self.previous_tokens[sources.clamp(min=0)]
+        token_ids_B = torch.where(known, token_ids, previous)
+        batch = DecodeBatch(self.tables.device_tables, lengths, positions)
+        return self.decoder.decode(self.language_model.embed_tokens(token_ids_B), batch, plan, self.workspace)
+
+    def _kv_memory(self, text_config: Any, num_blocks: int) -> Tensor:
+        shape = kv_cache_shape(text_config, num_blocks, self.config.block_size)
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def _plan(self, num_rows: int) -> Plan:
+        return plan_for(num_rows, self.decoder, exact=self.exact)
+
+    def _workspace(self) -> Workspace:
+        """Enough for the attention and the split products of any step."""
+        hidden_size, num_heads = self.decoder.head.shape[1], self.decoder.num_heads
+        head_size = self.kv_cache.shape[-1]
+        num_partials = 0
+        for size in self._sizes():
+            plan = self._plan(size)
+            product_splits = max((tile.num_splits for tile in plan.tiles.values()), default=0)
+            attention = num_heads * plan.num_splits * (head_size + 1)
+            num_partials = max(num_partials, size * max(product_splits * hidden_size, attention))
+        return Workspace.allocate(num_partials, 1 << 16, self.device)
+
+    def _num_blocks_that_fit(self, text_config: Any) -> int:
+        """KV blocks in `gpu_memory_utilization` of the device, beside all else that is there while the longest step is
+        computed."""
+        num_tokens = self.config.max_num_batched_tokens
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self._profile(num_tokens)
+        free, total = torch.cuda.mem_get_info(self.device)
+        stats = torch.cuda.memory_stats(self.device)
+        reserved = stats["reserved_bytes.all.current"]
+        peak = stats["allocated_bytes.all.peak"] - self.kv_cache.nbytes
+        others = total - free - reserved  # contexts, and what other processes hold
+        logits = sum(self._sizes()) * len(self.decoder.head) * self.dtype.itemsize
+        share = self.config.gpu_memory_utilization or DEFAULT_GPU_MEMORY_UTILIZATION
+        available = int(total * share) - others - peak - logits
+        block_bytes = self.kv_cache.nbytes // self.kv_cache.shape[2]
+        num_blocks: int = available // block_bytes
+        if num_blocks < 2:
+            raise ValueError(
+                f"gpu_memory_utilization {share} of {total / 2**30:.1f} GiB leaves no KV "
+                f"memory beside {(others + peak + logits) / 2**30:.1f} GiB of weights and activations"
+            )
+        del self.kv_cache
+        return num_blocks
+
+    @torch.inference_mode()
+    def _profile(self, num_tokens: int) -> None:
+        """Computes the longest prompt batch, and the logits of the most rows."""
+        ids = torch.zeros(num_tokens, dtype=torch.long, device=self.device)
+        positions_3T = torch.arange(num_tokens, device=self.device).expand(3, -1)
+        starts = torch.tensor([0, num_tokens], dtype=torch.int32, device=self.device)
+        slots = torch.arange(num_tokens, device=self.device)
+        batch = PromptBatch(*self._rotations(positions_3T), slots, starts, starts, num_tokens, num_tokens, None)
+        hidden_TD = self.decoder.prefill(self.language_model.embed_tokens(ids), batch)
+        self.decoder.logits(hidden_TD[: self.max_rows], Plan({}), None).float()
+        torch.cuda.synchronize(self.device)
+
+
+class _BlockTables:
+    """The block tables of the rows, on the host and on the device; from step to step only what changed is written."""
+
+    def __init__(self, num_rows: int, width: int, device: torch.device) -> None:
+        self.device_tables = torch.zeros(num_rows, width, dtype=torch.int32, device=device)
+        self._tables = np.zeros((num_rows, width), np.int32)
+        self._rows: list[list[int] | None] = [None] * num_rows
+        self._lengths = [0] * num_rows
+
+    def update(self, requests: list[Request]) -> None:
+        changed = False
+        for row, request in enumerate(requests):
+            table = request.block_table
+            length = self._lengths[row]
+            if self._rows[row] is not table:
+                length = 0
+            elif length == len(table) and self._tables[row, length - 1] == table[-1]:
+                continue
+            start = max(0, length - 1)  # a copied block takes the place of the last one
+            self._tables[row, start : len(table)] = table[start:]
+            self._rows[row], self._lengths[row] = table, len(table)
+            changed = True
+        if changed:
+            width = max(self._lengths[: len(requests)])
+            tables = torch.from_numpy(self._tables[: len(requests), :width].copy()).pin_memory()
+            self.device_tables[: len(requests), :width] = tables.to(self.device_tables.device, non_blocking=True)
+
+
+def is_decode(item: ScheduledRequest) -> bool:
+    """Whether the item is one generated token, and not a piece of a prompt."""
+    return item.num_scheduled_tokens == 1 and item.start >= item.request.num_prompt_tokens
+
+
+def _token_or_row(request: Request, index: int) -> tuple[int, int]:
+    """Token `index` and -1, or 0 and the row at which the step before has it."""
+    if index < request.num_tokens:
+        return request.output_token_ids[index - request.num_prompt_tokens], -1
+    return 0, request.pending_row
+
+
+def _to_device(values: Any, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """A tensor on the device, without waiting for what the device is doing."""
+    return torch.as_tensor(np.asarray(values), dtype=dtype).pin_memory().to(device, non_blocking=True)
