@@ -38,7 +38,7 @@ EMBEDDINGS = RedisRole("volatile-lfu", "+getrange +set +unlink +ping +persist +s
 MEDIA = RedisRole(
     "noeviction",
     "+mget +set +get +del +pexpire +persist +scan +hset +hdel +hvals +sadd +srem +smembers +xadd +xrange +xrevrange "
-    "+info +multi +exec +ping",
+    "+info +multi +exec +watch +unwatch +ping",
 )
 
 # Nothing is saved. Paths are relative to the server's directory; the password is there as a digest only.

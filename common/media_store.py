@@ -57,6 +57,7 @@ _RESERVED_SHARE = 64  # this fraction of the memory is kept for what deleting it
 _NUM_CONNECTIONS = 4
 _SCAN_COUNT = 1000
 _MAX_MEMBERS = 64  # of a set
+_DELETED_S = 120.0  # longer than any encode is waited for
 _COPIES_TTLS = 3  # in the encoder's local tier until its time is over, and then as long in that of an LLM replica
 _POLL_S = 0.3
 _LISTEN_S = 0.1
@@ -118,16 +119,20 @@ class Storage(Protocol):
 
     async def names(self, prefix: str) -> list[str]: ...
 
-    async def join(self, group: str, member: str, reverse: str, ttl_s: float) -> set[str]:
-        """The members of `group`, whose name is added to the set `reverse`; without `member` if it is full.
+    async def join(self, group: str, member: str, reverse: str, ttl_s: float, *, unless: str) -> set[str]:
+        """The members of `group`, whose name is added to the set `reverse`; without `member` if the group is full.
 
-        Refused once the store is half full: anyone may send images, and media need the room.
+        Empty, and nothing is added, while the name `unless` is marked. Refused once the store is half full: anyone may
+        send images, and media need the room.
         """
 
     async def take(self, group: str) -> set[str]:
         """The members of a set, which is gone then."""
 
     async def leave(self, group: str, member: str) -> None: ...
+
+    async def mark(self, name: str, ttl_s: float) -> None:
+        """Even in a store that is full."""
 
     async def hold(self, name: str, num_bytes: int) -> tuple[bool, int]:
         """Whether it is new, and the sum of all that is held."""
@@ -251,19 +256,22 @@ class MediaStore:
     async def join_copies(self, pixels: str, digest: str, tenant: str) -> list[str]:
         """The other images with these pixels, of which this one is a copy from now on.
 
-        `pixels` names the tenant too. None for the 65th copy and those after it.
+        `pixels` names the tenant too. None for the 65th copy and those after it, and for an image that was deleted a
+        moment ago: an encode of it may still be under way.
         """
         members = await self._storage.join(
-            _copies_name(pixels), digest, _copied_name(digest, tenant), self._copies_ttl_s
+            _copies_name(pixels),
+            digest,
+            _copied_name(digest, tenant),
+            self._copies_ttl_s,
+            unless=_deleted_name(digest, tenant),
         )
         return sorted(members - {digest}) if digest in members else []
 
-    async def leave_copies(self, digest: str, tenant: str) -> None:
-        for group in await self._storage.take(_copied_name(digest, tenant)):
-            await self._storage.leave(group, digest)
-
     async def _take_copies(self, digest: str, tenant: str) -> set[str]:
         """All images whose embedding may be that of this one. They are copies of nothing afterwards."""
+        # From here on it joins no others. Who has joined it before is found, who joins later does not see it.
+        await self._storage.mark(_deleted_name(digest, tenant), _DELETED_S)
         copies: set[str] = set()
         for group in await self._storage.take(_copied_name(digest, tenant)):
             members = await self._storage.take(group)
@@ -474,7 +482,10 @@ class LocalStorage:
         self._held[name] = num_bytes
         return is_new, sum(self._held.values())
 
-    async def join(self, group: str, member: str, reverse: str, ttl_s: float) -> set[str]:
+    async def join(self, group: str, member: str, reverse: str, ttl_s: float, *, unless: str) -> set[str]:
+        self._expire()
+        if unless in self._values:
+            return set()
         members = self._members(group)
         if member in members or len(members) < _MAX_MEMBERS:
             for name, new in ((group, member), (reverse, group)):
@@ -489,6 +500,9 @@ class LocalStorage:
     async def leave(self, group: str, member: str) -> None:
         if group in self._sets:
             self._sets[group][0].discard(member)
+
+    async def mark(self, name: str, ttl_s: float) -> None:
+        self._values[name] = (b"", _deadline(ttl_s))
 
     async def release(self, name: str) -> None:
         self._held.pop(name, None)
@@ -604,20 +618,27 @@ class RedisStorage:
 
         return await self._call("hold", hold)
 
-    async def join(self, group: str, member: str, reverse: str, ttl_s: float) -> set[str]:
+    async def join(self, group: str, member: str, reverse: str, ttl_s: float, *, unless: str) -> set[str]:
         def join() -> set[str]:
-            members = _decoded(self._client.smembers(group))
-            if member not in members and len(members) >= _MAX_MEMBERS:
-                return members
             used, limit = self._memory()
             if limit and used > limit // 2:
                 raise _full(used, 0, limit)
             with self._client.pipeline(transaction=True) as transaction:
+                transaction.watch(unless)  # type: ignore[no-untyped-call]  # of redis-py
+                if transaction.get(unless) is not None:
+                    return set()
+                members = _decoded(transaction.smembers(group))
+                if member not in members and len(members) >= _MAX_MEMBERS:
+                    return members
+                transaction.multi()
                 for name, new in ((group, member), (reverse, group)):
                     transaction.sadd(name, new)
                     transaction.pexpire(name, round(ttl_s * 1000))
                 transaction.smembers(group)
-                *_, joined = transaction.execute()
+                try:
+                    *_, joined = transaction.execute()
+                except redis.exceptions.WatchError:  # it has been marked just now
+                    return set()
             return _decoded(joined)
 
         return await self._call("join", join)
@@ -634,6 +655,9 @@ class RedisStorage:
 
     async def leave(self, group: str, member: str) -> None:
         await self._call("leave", partial(self._client.srem, group, member))
+
+    async def mark(self, name: str, ttl_s: float) -> None:
+        await self._call("mark", partial(self._client.set, name, b"", px=_milliseconds(ttl_s)))
 
     async def release(self, name: str) -> None:
         await self._call("release", partial(self._client.hdel, _PINS, name))
@@ -742,6 +766,10 @@ def _copies_name(pixels: str) -> str:
 
 def _copied_name(digest: str, tenant: str) -> str:
     return f"{_PREFIX}copied:{framed_digest(tenant)}:{digest}"
+
+
+def _deleted_name(digest: str, tenant: str) -> str:
+    return f"{_PREFIX}no-copy:{framed_digest(tenant)}:{digest}"
 
 
 _NUMBERS = {"num_bytes": int, "height": int, "width": int, "created": float, "pinned": bool, "compressed": bool}

@@ -4,8 +4,6 @@ An alias of pixels leads to the `mm_hash` of a copy and never to an embedding it
 entry by its full key. Aliases are kept in the second store, which evicts nothing, so that a deletion finds them all.
 """
 
-from collections.abc import Callable
-
 import blake3
 
 from common import metrics
@@ -35,20 +33,10 @@ class PixelAlias:
         self._store = store
         self._tenant = namespace.tenant
 
-    async def copies(self, pixels: str, mm_hash: str, is_deleted: Callable[[], bool]) -> list[str]:
-        """The other files with these pixels, of which this one is a copy from now on, unless it has been deleted."""
+    async def copies(self, pixels: str, mm_hash: str) -> list[str]:
+        """The other files with these pixels, of which this one is a copy from now on."""
         try:
-            copies = await self._store.join_copies(pixels, mm_hash, self._tenant)
+            return await self._store.join_copies(pixels, mm_hash, self._tenant)
         except (InsufficientStorageError, UnavailableError):
             metrics.pixel_aliases_unused.inc()
             return []
-        if is_deleted():
-            await self.forget(mm_hash)
-        return copies
-
-    async def forget(self, mm_hash: str) -> None:
-        """A deletion did so already, but an encode that was under way may have come after it."""
-        try:
-            await self._store.leave_copies(mm_hash, self._tenant)
-        except UnavailableError:
-            metrics.pixel_aliases_unused.inc()

@@ -97,8 +97,6 @@ class EncoderServer:
             return
         for params in self._params:  # what was published a moment ago need not be in the local tier any more
             self._cache.discard(self._encoder.namespace.key(mm_hash, params))
-        if self._alias is not None:
-            await self._alias.forget(mm_hash)
 
     def stats(self) -> dict[str, Any]:
         """How many images this replica has encoded and is working on, in JSON's types."""
@@ -115,7 +113,7 @@ class EncoderServer:
             hit = await self._cache.wait_for(key, spec, self._producer)
         if hit is not None:
             return bytes(hit.data)  # itself, if it is that already
-        if self._alias is not None and (copy := await self._copy(self._alias, item, spec, since)):
+        if self._alias is not None and (copy := await self._copy(self._alias, item, spec)):
             data, packed = await self._on_thread(self._pack, key, copy)
             self._cache.put_local(key, data, packed, since=since)  # the shared tier has it already, as the copy's
             return data
@@ -126,14 +124,11 @@ class EncoderServer:
         self._cache.put(key, data, packed, since=since)
         return data
 
-    async def _copy(
-        self, alias: PixelAlias, item: MediaItem, spec: EmbeddingSpec, since: int
-    ) -> VisionEmbedding | None:
+    async def _copy(self, alias: PixelAlias, item: MediaItem, spec: EmbeddingSpec) -> VisionEmbedding | None:
         """The embedding of another file with the same pixels."""
         namespace = self._encoder.namespace
         pixels = await self._on_thread(pixel_digest, item.data, self._limits, str(namespace))
-        # Whatever image was deleted since may have been this one.
-        copies = await _soon(alias.copies(pixels, item.mm_hash, lambda: self._cache.moment != since))
+        copies = await _soon(alias.copies(pixels, item.mm_hash))
         for copy in (copies or [])[:_MAX_COPIES]:
             key = namespace.key(copy, str(item.params))
             hits = await _soon(self._cache.get_many({key: spec}))

@@ -173,7 +173,9 @@ async def test_copies_are_those_of_the_same_pixels_until_one_of_them_is_deleted(
     await store.delete(records[1].id, "")
 
     assert sorted(event for _, event in await store.deletions(since)) == sorted([png, bmp])
+    assert await store.join_copies("pixels", bmp, "") == []  # by an encode that was under way
     assert await store.join_copies("pixels", webp, "") == []
+    assert await store.join_copies("pixels", png, "") == [webp]
     assert await store.join_copies("other", webp, "") == [other]
 
 
@@ -188,11 +190,15 @@ async def test_copies_are_of_one_tenant(store: MediaStore) -> None:
     assert await store.join_copies("pixels of b", theirs.mm_hash, "b") == [ours.mm_hash]
 
 
-async def test_image_that_leaves_is_no_copy_any_more(store: MediaStore) -> None:
-    for digest in "ab":
-        await store.join_copies("pixels", digest, "")
-    await store.leave_copies("a", "")
-    assert await store.join_copies("pixels", "c", "") == ["b"]
+async def test_deleted_image_may_be_a_copy_again_when_no_encode_of_it_can_be_under_way(
+    store: MediaStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.media_store._DELETED_S", 0.05)
+    record = await add(store, b"again")
+    await store.delete(record.id, "")
+    await store.join_copies("pixels", "a", "")
+    await asyncio.sleep(0.1)
+    assert await store.join_copies("pixels", record.mm_hash, "") == ["a"]
 
 
 async def test_of_very_many_copies_the_last_are_on_their_own(store: MediaStore) -> None:
