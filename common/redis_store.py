@@ -372,8 +372,7 @@ class RedisTier:
         while self._unwritten:
             write = self._unwritten[0]
             if not await self._write(write):
-                metrics.redis_dropped_writes.inc()
-                self._discard_again(write)
+                self._give_up(write)
             self._unwritten.popleft()
             self._num_unwritten_bytes -= len(write.data or b"")
 
@@ -390,10 +389,12 @@ class RedisTier:
             answer = await self._call("set", self._writer, name, b"SET", name, data, b"XX", b"KEEPTTL")
         return answer.reply == b"OK"
 
-    def _discard_again(self, write: _Write) -> None:
-        """What was to be removed must not be there for good because the server did not answer in that moment."""
+    def _give_up(self, write: _Write) -> None:
+        """But what was to be removed must not be there for good because the server did not answer in that moment."""
         if write.data is None and time.monotonic() < write.deadline and not self._is_closed:
             asyncio.get_running_loop().call_later(_DISCARD_AGAIN_S, self._write_later, write)
+        else:
+            metrics.redis_dropped_writes.inc()
 
     async def _call(
         self, operation: str, lane: _Lane, at: bytes | RedisEndpoint, *command: Argument, max_bytes: int = 0
