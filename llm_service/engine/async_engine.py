@@ -5,10 +5,10 @@ import contextlib
 import logging
 import queue
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 
-from common.errors import ServingError, UnavailableError
+from common.errors import InvalidRequestError, ServingError, UnavailableError
 from llm_service.engine.engine import LLMEngine
 from llm_service.engine.request import FinishReason, Request, RequestOutput
 
@@ -51,26 +51,32 @@ class AsyncLLMEngine:
         if self._failure is not None:
             raise UnavailableError(self._failure.message) from self._failure.__cause__
 
-    async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
-        """Outputs of one request until its finish; those that were not read yet come merged into one.
+    async def generate(self, request: Request, forks: Sequence[Request] = ()) -> AsyncGenerator[RequestOutput, None]:
+        """Outputs of a request, and of others that begin like it (see `Scheduler.add()`), until all have finished.
+        Those of one request that were not read yet come merged into one.
 
         Whatever `add_request()` raises is raised before the first output. Leaving early aborts the request; leave
         through `contextlib.aclosing()`, so that this happens at once.
         """
         stream = _Stream()
-        self._commands.put(_Add(request, stream))
+        self._commands.put(_Add(request, forks, stream))
         self.check_health()  # after put(): a thread that ends either sees the command or is seen here
-        finished = False
+        unfinished = {one.request_id for one in (request, *forks)}
         try:
-            while not finished:
+            while unfinished:
                 output = await stream.next()
-                finished = output.finish_reason is not None
+                if output.finish_reason is not None:
+                    unfinished.discard(output.request_id)
                 if output.finish_reason is FinishReason.ERROR:
-                    raise ServingError("the model's logits are not finite", code="non_finite_logits")
+                    raise _error_of(output)
                 yield output
         finally:
-            if not finished:
-                self._commands.put(_Abort(request.request_id, stream))
+            for request_id in unfinished:
+                self._commands.put(_Abort(request_id, stream))
+
+    def abort(self, request_id: str) -> None:
+        """Ends one request of a group early: `generate()` then yields its end without a token."""
+        self._commands.put(_Abort(request_id, None))
 
     def _run(self) -> None:
         failure = UnavailableError("the engine is shut down")
@@ -101,17 +107,22 @@ class AsyncLLMEngine:
 
     def _add(self, command: "_Add") -> None:
         try:
-            self._engine.add_request(command.request)
+            self._engine.add_request(command.request, command.forks)
         except (ServingError, ValueError) as exc:
             command.stream.send(exc)
         else:
-            self._streams[command.request.request_id] = command.stream
+            for request in (command.request, *command.forks):
+                self._streams[request.request_id] = command.stream
 
     def _abort(self, command: "_Abort") -> None:
+        stream = self._streams.get(command.request_id)
         # A request that was refused for its id must not abort the one that has it.
-        if self._streams.get(command.request_id) is command.stream:
-            del self._streams[command.request_id]
-            self._engine.abort_request(command.request_id)
+        if stream is None or command.stream not in (None, stream):
+            return
+        del self._streams[command.request_id]
+        self._engine.abort_request(command.request_id)
+        if command.stream is None:
+            stream.send(RequestOutput(command.request_id, [], finish_reason=FinishReason.ABORT))
 
     def _deliver(self, output: RequestOutput) -> None:
         self._streams[output.request_id].send(output)
@@ -139,7 +150,7 @@ class _Stream:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._arrived = asyncio.Event()
-        self._output: RequestOutput | None = None
+        self._outputs: dict[str, RequestOutput] = {}  # by request, in order of arrival
         self._error: Exception | None = None
 
     def send(self, item: RequestOutput | Exception) -> None:
@@ -148,33 +159,43 @@ class _Stream:
             self._loop.call_soon_threadsafe(self._receive, item)
 
     async def next(self) -> RequestOutput:
-        """All that is new, as one output; what arrived before an error comes before it."""
+        """All that is new of one request, as one output; what arrived before an error comes before it."""
         await self._arrived.wait()
-        if self._output is None:
+        if not self._outputs:
             assert self._error is not None
             raise self._error
-        output, self._output = self._output, None
-        if self._error is None:
+        output = self._outputs.pop(next(iter(self._outputs)))
+        if not self._outputs and self._error is None:
             self._arrived.clear()
         return output
 
     def _receive(self, item: RequestOutput | Exception) -> None:
         if isinstance(item, Exception):
             self._error = item
-        elif self._output is None:
-            self._output = item
+        elif (unread := self._outputs.get(item.request_id)) is None:
+            self._outputs[item.request_id] = item
         else:
-            self._output = replace(item, token_ids=self._output.token_ids + item.token_ids)
+            token_ids, logprobs = unread.token_ids + item.token_ids, unread.logprobs + item.logprobs
+            self._outputs[item.request_id] = replace(item, token_ids=token_ids, logprobs=logprobs)
         self._arrived.set()
 
 
 @dataclass(frozen=True, slots=True)
 class _Add:
     request: Request
+    forks: Sequence[Request]
     stream: _Stream
 
 
 @dataclass(frozen=True, slots=True)
 class _Abort:
+    """`stream` is that of a reader who has left; None when the reader wants to see the end."""
+
     request_id: str
-    stream: _Stream
+    stream: _Stream | None
+
+
+def _error_of(output: RequestOutput) -> ServingError:
+    if output.error is not None:
+        return InvalidRequestError(f"the answer cannot be finished: {output.error}", code="grammar_limit")
+    return ServingError("the model's logits are not finite", code="non_finite_logits")

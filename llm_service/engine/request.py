@@ -7,6 +7,7 @@ from enum import StrEnum
 from torch import Tensor
 
 from common.embedding import VisionEmbedding
+from llm_service.engine.structured_output import GrammarState
 
 
 class FinishReason(StrEnum):
@@ -82,6 +83,8 @@ class Request:
     `cache_salt` keeps tenants from sharing KV blocks. `num_computed_tokens` says how far it is. The KV cache manager
     keeps `block_table` and `block_hashes` here. `seed` is the one of the sampling parameters or, without one, random.
 
+    `grammar` is what the answer must follow, a state of its own for each request.
+
     `forks` are requests with this very prompt, `followers` others that begin alike. Both wait for its prompt: then the
     forks go on from its KV blocks and its logits, and the followers are next in the queue.
 
@@ -95,6 +98,7 @@ class Request:
     sampling_params: SamplingParams
     mm_features: list[MultiModalFeature] = field(default_factory=list)
     cache_salt: str = ""
+    grammar: GrammarState | None = None
 
     status: RequestStatus = RequestStatus.WAITING
     output_token_ids: list[int] = field(default_factory=list)
@@ -163,7 +167,8 @@ class RequestOutput:
 
     The engine fills `token_ids`, of which the last is the end token when the reason is `stop`; `text` is added by the
     server, which may hold back bytes of an unfinished character. `num_cached_tokens` counts prompt tokens whose KV
-    blocks were reused. `logprobs` has one entry for each token, if they were asked for.
+    blocks were reused. `logprobs` has one entry for each token, if they were asked for. `error` says what ended the
+    request, if it was its grammar.
     """
 
     request_id: str
@@ -172,3 +177,4 @@ class RequestOutput:
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    error: str | None = None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llm_service.engine.request import Request, SamplingParams, TokenLogprobs
+from llm_service.engine.structured_output import GrammarState, TokenMasks, forbidden
 
 # B: rows of all requests, R: those that are drawn, P: those with penalties, L: those with logprobs; V: vocabulary;
 # K: the most top tokens that a request asks for.
@@ -31,6 +32,7 @@ class Sampler:
         self.eos_token_ids = eos_token_ids
         self._plan = _Plan([], torch.device("cpu"))
         self._counts = _TokenCounts()
+        self._masks = TokenMasks()
 
     @torch.inference_mode()
     def sample(self, logits_BV: Tensor, requests: Sequence[Request]) -> "SampledTokens":
@@ -58,8 +60,8 @@ class Sampler:
     def _edit(self, logits_BV: Tensor) -> Tensor:
         """Logits with penalties, bias and what must not be chosen; the same tensor if there is nothing of it."""
         plan = self._plan
-        forbidden = plan.early_ends(self.eos_token_ids)
-        if plan.penalized is None and plan.bias is None and not forbidden:
+        early_ends = plan.early_ends(self.eos_token_ids)
+        if plan.penalized is None and plan.bias is None and not plan.constrained and not early_ends:
             return logits_BV
         logits_BV = logits_BV.clone()
         if plan.penalized is not None:
@@ -69,9 +71,14 @@ class Sampler:
         if plan.bias is not None:
             rows, token_ids, biases = plan.bias
             logits_BV.index_put_((rows, token_ids), biases, accumulate=True)
-        if forbidden:
-            rows, token_ids = _to(logits_BV.device, forbidden).T
+        if early_ends:
+            rows, token_ids = _to(logits_BV.device, early_ends).T
             logits_BV.index_put_((rows, token_ids), torch.full((), -math.inf, device=logits_BV.device))
+        if plan.constrained:
+            index = _to(logits_BV.device, list(plan.constrained))
+            masks = self._masks.compute(list(plan.constrained.values()), logits_BV.shape[1])
+            outside = forbidden(_to(logits_BV.device, masks), logits_BV.shape[1])
+            logits_BV[index] = logits_BV[index].masked_fill(outside, -math.inf)
         return logits_BV
 
 
@@ -176,6 +183,9 @@ class _Plan:
         params = [request.sampling_params for request in requests]
         self.penalized = PenalizedRows.of(requests, device)
         self.logprobs = {row: one.logprobs for row, one in enumerate(params) if one.logprobs is not None}
+        self.constrained: dict[int, GrammarState] = {
+            row: request.grammar for row, request in enumerate(requests) if request.grammar is not None
+        }
         self._with_min_tokens = [row for row, one in enumerate(params) if one.min_tokens]
         drawn = [row for row, one in enumerate(params) if one.temperature >= MIN_TEMPERATURE]
         self.drawn: DrawnRows | None = None

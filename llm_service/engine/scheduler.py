@@ -237,8 +237,11 @@ class Scheduler:
 
     def _append(self, request: Request, token_id: int | None, logprobs: TokenLogprobs | None) -> RequestOutput:
         request.num_pending_tokens -= 1
+        error = None
         if token_id is None:
             self.kv_cache_manager.forget(request)
+        elif request.grammar is not None and not request.grammar.accept(token_id):
+            token_id, error = None, "its grammar takes more work at this point of the answer than is allowed"
         else:
             request.output_token_ids.append(token_id)
         reason = FinishReason.ERROR if token_id is None else self._finish_reason(request, token_id)
@@ -251,11 +254,14 @@ class Scheduler:
             finish_reason=reason,
             num_cached_tokens=request.num_cached_tokens,
             logprobs=[] if token_id is None or logprobs is None else [logprobs],
+            error=error,
         )
 
     def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
         params = request.sampling_params
         if token_id in params.end_token_ids(self.eos_token_ids):
+            return FinishReason.STOP
+        if request.grammar is not None and request.grammar.is_finished:
             return FinishReason.STOP
         return FinishReason.LENGTH if self._ends_at_length(request, 0) else None
 
