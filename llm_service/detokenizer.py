@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from tokenizers.decoders import DecodeStream
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerBase
 
 
@@ -45,3 +46,26 @@ class IncrementalDetokenizer:
             if any(string.startswith(self._held[-length:]) for string in self._stop):
                 return length
         return 0
+
+
+class TokenTexts:
+    """What single tokens of a byte-level tokenizer stand for: their bytes, which need not be whole characters."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer.backend_tokenizer
+        self._special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+        self._byte_of = _bytes_of_characters()
+
+    def __call__(self, token_id: int) -> bytes:
+        """Empty for an id that only pads the vocabulary."""
+        token = self._tokenizer.id_to_token(token_id) or ""
+        return token.encode() if token_id in self._special else bytes(self._byte_of[character] for character in token)
+
+
+def _bytes_of_characters() -> dict[str, int]:
+    """GPT-2's alphabet: a byte that is printable in Latin-1 is its own character, the others follow from 256 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    table = {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+    assert table.keys() == set(ByteLevel.alphabet())
+    return table

@@ -1,10 +1,12 @@
 """One request from messages to a stream of text: prompt, features, engine, detokenizer. No Ray, no FastAPI."""
 
+import asyncio
 import contextlib
 import dataclasses
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast, get_args
 
@@ -24,10 +26,11 @@ from common.media_store import MediaStore, open_media_store
 from llm_service.answer_cache import Answer, AnswerCache, answer_key
 from llm_service.chat import ChatMessage, images_of
 from llm_service.config import EngineConfig
-from llm_service.detokenizer import IncrementalDetokenizer
+from llm_service.detokenizer import IncrementalDetokenizer, TokenTexts
 from llm_service.engine.async_engine import AsyncLLMEngine
-from llm_service.engine.engine import LLMEngine
+from llm_service.engine.engine import LLMEngine, check_sampling_params
 from llm_service.engine.request import FinishReason, MultiModalFeature, Request, RequestOutput, SamplingParams
+from llm_service.engine.structured_output import Grammar, GrammarCompiler, GrammarState, StructuredOutput
 from llm_service.features import EncoderClient, FeatureSource, ImageFeatures, ImageRequest
 from llm_service.media import MediaLibrary
 from llm_service.prompt import EngineInput, PromptProcessor
@@ -36,7 +39,9 @@ from llm_service.prompt import EngineInput, PromptProcessor
 class Engine(Protocol):
     """The decoder engine, as the server sees it."""
 
-    def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]: ...
+    def generate(self, request: Request, forks: Sequence[Request] = ()) -> AsyncGenerator[RequestOutput, None]: ...
+
+    def abort(self, request_id: str) -> None: ...
 
     def check_health(self) -> None: ...
 
@@ -68,6 +73,10 @@ class GenerationOptions:
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    n: int = 1
+    structured_output: StructuredOutput | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +100,7 @@ class PreparedRequest:
     """A request that has passed every check and has its embeddings; only generation is left.
 
     With `known_answer` it has no embeddings and needs none. `answer_key` is None if the answer is not one to keep.
+    `forks` are the further answers to the same prompt.
     """
 
     request: Request
@@ -99,6 +109,7 @@ class PreparedRequest:
     fingerprint: str
     answer_key: str | None = None
     known_answer: Answer | None = None
+    forks: Sequence[Request] = ()
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -131,15 +142,17 @@ class LLMServer:
         preprocessor_config = load_preprocessor_config(directory)
         geometry = ImageGeometry.of(half.config, preprocessor_config)
         mrope_rule = position_rule(model, half.config)
+        self.eos_token_ids = end_tokens(directory, half.config)
         self.model_name = model.served_name or model.path
         self.created = int(time.time())
         engine = LLMEngine(
             half,
             engine_config,
             numerics=model.numerics,
-            eos_token_ids=end_tokens(directory, half.config),
+            eos_token_ids=self.eos_token_ids,
             mrope_rule=mrope_rule,
         )
+        self._vocab_size = engine.vocab_size
         self.max_model_len = engine.max_model_len
         self.limits = model.limits
         params = MediaParams(
@@ -149,6 +162,11 @@ class LLMServer:
         self._decoder = decoder_description(model, half.device, engine_config)
         self._language_weights = half.digest
         self._prompt = PromptProcessor(directory, half.config, geometry, mrope_rule, self.max_model_len)
+        self.token_texts = TokenTexts(self._prompt.tokenizer)
+        self._grammars = GrammarCompiler(
+            self._prompt.tokenizer, vocab_size=engine.vocab_size, eos_token_ids=self.eos_token_ids
+        )
+        self._grammar_thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         store = media_store if media_store is not None else open_media_store(CacheConfig())
         self._features = FeatureSource(encoder, cache, geometry, audit_fraction, store.quarantine)
         self._cache = cache
@@ -165,8 +183,11 @@ class LLMServer:
         images = await self.media.resolve(images_of(messages))
         prompt = self._prompt(messages, [image.grid_thw for image in images])
         sampling_params = self._sampling_params(options, len(prompt.token_ids))
+        grammar = await self._grammar(options.structured_output)
         fingerprint = await self.fingerprint()
-        key = await self._answer_key(fingerprint, prompt, images, sampling_params, options.stop)
+        key = None
+        if options.n == 1 and grammar is None and options.logprobs is None:
+            key = await self._answer_key(fingerprint, prompt, images, sampling_params, options.stop)
         if (answer := await self._known_answer(key)) is not None:
             receipts = [
                 ImageReceipt(image.item.mm_hash, placeholder.length, "answer")
@@ -177,8 +198,20 @@ class LLMServer:
         features = await self._features.get_many(images)
         self.media.pin_again(images, features)
         used_fingerprint = await self.fingerprint()
+        mm_features = _mm_features(prompt, features)
+        request, *forks = (
+            _engine_request(
+                f"{request_id}-{index}" if index else request_id,
+                prompt,
+                dataclasses.replace(sampling_params, seed=choice_seed(sampling_params.seed, index)),
+                mm_features,
+                None if grammar is None else grammar.start(),
+            )
+            for index in range(options.n)
+        )
         return PreparedRequest(
-            request=_engine_request(request_id, prompt, sampling_params, _mm_features(prompt, features)),
+            request=request,
+            forks=forks,
             stop=options.stop,
             receipts=[_receipt(image, found) for image, found in zip(images, features, strict=True)],
             fingerprint=used_fingerprint,
@@ -187,29 +220,36 @@ class LLMServer:
         )
 
     async def generate(self, prepared: PreparedRequest) -> AsyncGenerator[RequestOutput, None]:
-        """Outputs with text, the last one with a finish reason. Leaving the iterator aborts the request."""
-        detokenizer = IncrementalDetokenizer(self._prompt.tokenizer, prepared.stop)
+        """Outputs with text and the index of their choice; the last of each choice has a finish reason. Leaving the
+        iterator aborts what is not finished.
+        """
+        requests = (prepared.request, *prepared.forks)
+        choices = {
+            request.request_id: _Choice(index, IncrementalDetokenizer(self._prompt.tokenizer, prepared.stop))
+            for index, request in enumerate(requests)
+        }
         started = time.perf_counter()
         first = True
-        token_ids: list[int] = []
         async with contextlib.aclosing(self._outputs(prepared)) as outputs:
             async for output in outputs:
+                choice = choices.get(output.request_id)
+                if choice is None:  # a stop string has ended it, the engine did not know yet
+                    continue
                 if output.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
                     raise UnavailableError(f"the request ended early: {output.finish_reason}", code="request_aborted")
                 if first and output.token_ids:
                     metrics.time_to_first_token_seconds.observe(time.perf_counter() - started)
                     first = False
                 metrics.generated_tokens.inc(len(output.token_ids))
-                token_ids += output.token_ids
-                text = detokenizer.add(output.token_ids)
-                if detokenizer.stopped:
-                    output = dataclasses.replace(output, finish_reason=FinishReason.STOP)
-                elif output.finish_reason is not None:
-                    text += detokenizer.flush()
-                if output.finish_reason is not None and self._answers is not None and prepared.answer_key is not None:
-                    self._answers.put(prepared.answer_key, Answer(token_ids, output.finish_reason))
-                yield dataclasses.replace(output, text=text)
+                output = choice.add(output)
                 if output.finish_reason is not None:
+                    del choices[output.request_id]
+                    if choice.detokenizer.stopped and choices:
+                        self.engine.abort(output.request_id)
+                    if self._answers is not None and prepared.answer_key is not None:
+                        self._answers.put(prepared.answer_key, Answer(choice.token_ids, output.finish_reason))
+                yield output
+                if not choices:
                     return
 
     def cache_report(self) -> dict[str, Any]:
@@ -233,9 +273,15 @@ class LLMServer:
         if (answer := prepared.known_answer) is not None:
             yield RequestOutput(prepared.request.request_id, answer.token_ids, finish_reason=answer.finish_reason)
             return
-        async with contextlib.aclosing(self.engine.generate(prepared.request)) as outputs:
+        async with contextlib.aclosing(self.engine.generate(prepared.request, prepared.forks)) as outputs:
             async for output in outputs:
                 yield output
+
+    async def _grammar(self, wanted: StructuredOutput | None) -> Grammar | None:
+        """Compiled on a thread of its own, which leaves the event loop free and is busy with one grammar at a time."""
+        if wanted is None:
+            return None
+        return await asyncio.get_running_loop().run_in_executor(self._grammar_thread, self._grammars.compile, wanted)
 
     async def _answer_key(
         self,
@@ -278,10 +324,35 @@ class LLMServer:
                 param="max_tokens",
                 code="context_length_exceeded",
             )
-        asked = {
-            name: value for name, value in dataclasses.asdict(options).items() if name != "stop" and value is not None
-        }
-        return SamplingParams(**{**self._defaults, "max_tokens": room, **asked})
+        names = {field.name for field in dataclasses.fields(SamplingParams)}
+        asked = {name: value for name in names if (value := getattr(options, name)) is not None}
+        params = SamplingParams(**{**self._defaults, "max_tokens": room, **asked})
+        check_sampling_params(params, self.eos_token_ids, self._vocab_size)
+        return params
+
+
+@dataclass(slots=True)
+class _Choice:
+    """One of the answers of a request, on its way to text."""
+
+    index: int
+    detokenizer: IncrementalDetokenizer
+    token_ids: list[int] = field(default_factory=list)
+
+    def add(self, output: RequestOutput) -> RequestOutput:
+        """The output with its text and index; a stop string may have finished it."""
+        self.token_ids += output.token_ids
+        text = self.detokenizer.add(output.token_ids)
+        if self.detokenizer.stopped:
+            output = dataclasses.replace(output, finish_reason=FinishReason.STOP)
+        elif output.finish_reason is not None:
+            text += self.detokenizer.flush()
+        return dataclasses.replace(output, text=text, index=self.index)
+
+
+def choice_seed(seed: int | None, index: int) -> int | None:
+    """The seed of choice `index`, as the signed 64-bit integer that a request for this choice alone would send."""
+    return None if seed is None else (seed + index + 2**63) % 2**64 - 2**63
 
 
 def position_rule(model: ModelConfig, config: Any) -> MropeRule:
@@ -334,6 +405,7 @@ def _engine_request(
     prompt: EngineInput,
     sampling_params: SamplingParams,
     mm_features: list[MultiModalFeature],
+    grammar: GrammarState | None = None,
 ) -> Request:
     return Request(
         request_id=request_id,
@@ -342,6 +414,7 @@ def _engine_request(
         next_position=prompt.next_position,
         sampling_params=sampling_params,
         mm_features=mm_features,
+        grammar=grammar,
     )
 
 

@@ -248,7 +248,7 @@ REFUSED: dict[str, tuple[dict[str, Any] | bytes, int, str | None, str]] = {
     "prompt too long": (
         body("word " * 9000, image_part(picture(77, 77, 99))), 400, "messages", "engine.max_model_len",
     ),
-    "not honoured": (body("hi", n=3), 400, "n", "not supported"),
+    "not honoured": (body("hi", audio={"voice": "any"}), 400, "audio", "not supported"),
     "stream options without stream": (
         body("hi", stream_options={"include_usage": True}), 400, "stream_options", "stream: true",
     ),

@@ -8,6 +8,7 @@ import io
 import random
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,9 +40,11 @@ class Services:
         self.cache = TieredCache(LocalTier(2**26), None)
         self.llm = LLMServer(model, EngineConfig(**engine), self.cache, self.encoder)
 
-    async def prepare(self, text: str, images: list[bytes], max_tokens: int = MAX_TOKENS) -> PreparedRequest:
+    async def prepare(
+        self, text: str, images: list[bytes], max_tokens: int = MAX_TOKENS, **others: Any
+    ) -> PreparedRequest:
         parts: list[str | ImagePart] = [ImagePart(image, "auto", "messages") for image in images]
-        options = GenerationOptions(max_tokens=max_tokens)
+        options = GenerationOptions(max_tokens=max_tokens, **others)
         return await self.llm.prepare([ChatMessage("user", [*parts, text])], options, random.randbytes(8).hex())
 
     async def tokens(self, text: str, images: list[bytes], max_tokens: int = MAX_TOKENS) -> list[int]:

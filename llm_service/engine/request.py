@@ -165,10 +165,10 @@ class TokenLogprobs:
 class RequestOutput:
     """What is new since the last output of a request.
 
-    The engine fills `token_ids`, of which the last is the end token when the reason is `stop`; `text` is added by the
-    server, which may hold back bytes of an unfinished character. `num_cached_tokens` counts prompt tokens whose KV
-    blocks were reused. `logprobs` has one entry for each token, if they were asked for. `error` says what ended the
-    request, if it was its grammar.
+    The engine fills `token_ids`, of which the last is the end token when the reason is `stop`. `text` and `index`, the
+    choice it belongs to, are added by the server, which may hold back bytes of an unfinished character.
+    `num_cached_tokens` counts prompt tokens whose KV blocks were reused. `logprobs` has one entry for each token, if
+    they were asked for. `error` says what ended the request, if it was its grammar.
     """
 
     request_id: str
@@ -178,3 +178,4 @@ class RequestOutput:
     num_cached_tokens: int = 0
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     error: str | None = None
+    index: int = 0

@@ -20,7 +20,7 @@ MAX_REGEX_BYTES = 4 * 1024  # compiling one takes time that grows with the squar
 # Fuel is llguidance's measure of work: about 50,000 a millisecond to compile a grammar, 14,000 for a step.
 LIMITS = LLParserLimits(
     max_items_in_row=2000,
-    initial_lexer_fuel=200_000,
+    initial_lexer_fuel=50_000,
     step_lexer_fuel=100_000,
     step_max_items=50_000,
     max_lexer_states=50_000,

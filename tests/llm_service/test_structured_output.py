@@ -113,6 +113,7 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
     "a schema that is too deep": ("json", nested(500), "not valid"),
     "a schema that is deeper still": ("json", nested(50_000), "too deep"),
     "too many bytes": ("json", {"enum": ["x" * 70_000]}, "70014 bytes, the limit is 65536"),
+    "too much fuel": ("json", {"enum": [f"{index:x}" for index in range(8400)]}, "limits on size and work"),
     "a regex that is too long": ("regex", "a?" * 2049, "4098 bytes, the limit is 4096"),
     "a pattern that is too long": ("json", {"items": [{"pattern": "a?" * 2049}]}, "a pattern of 4098 bytes"),
     "a name's pattern that is too long": ("json", {"patternProperties": {"a?" * 2049: {}}}, "a pattern of 4098 bytes"),
