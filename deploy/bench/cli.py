@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from deploy.shapes import CHECKPOINT
+
 bench = typer.Typer(help="Measure, and print one table and write one JSON file.", no_args_is_help=True)
 
 
@@ -57,3 +59,15 @@ def engine(
         decoder.exactness(output)
     else:
         decoder.run_gpu(output)
+
+
+@bench.command("bad-input")
+def bad_input(
+    model: Annotated[Path, typer.Option(help="A checkpoint directory; the embedded model by default.")] = CHECKPOINT,
+    rounds: Annotated[int, typer.Option(min=1, help="Of each case.")] = 10,
+    output: Annotated[Path, typer.Option(help="The figures.")] = Path("fovea-bench-bad-input.json"),
+) -> None:
+    """How long a request that can never be answered takes to be refused, and what that costs the event loop."""
+    from deploy.bench import bad_input as refusals
+
+    refusals.run(model, rounds, output)

@@ -256,6 +256,35 @@ def test_fast_reuses_generated_tokens_and_exact_does_not(model: Any) -> None:
         assert longer.num_cached_tokens == expected
 
 
+def test_fast_reuses_a_part_of_a_large_block(model: Any) -> None:
+    engine = model.engine("fast", block_size=256, num_kv_blocks=4, prefill_chunk_size=256)
+    prompts = [model.prompt(*range(100), last) for last in (1, 2)]
+    requests = [prompt.request(str(index)) for index, prompt in enumerate(prompts)]
+    answers = [engine.serve([request])[request.request_id] for request in requests]
+    assert requests[1].num_cached_tokens == 96
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert model.refer(prompt).check_tokens(answer)
+    again = prompts[0].request("again")
+    assert engine.serve([again])["again"] == answers[0]
+    assert again.num_cached_tokens == 96  # of 101: the last one is always computed
+
+
+@pytest.mark.parametrize("block_size", [32, 64, 256])
+def test_fast_tokens_do_not_depend_on_reused_parts_of_blocks(model: Any, block_size: int) -> None:
+    rng = random.Random(block_size)
+    engine = model.engine("fast", block_size=block_size, num_kv_blocks=1024 // block_size, prefill_chunk_size=256)
+    num_cached_tokens = num_near_ties = 0
+    for turn in range(8):
+        picked = rng.sample(range(len(model.prompts)), 6)
+        requests = [model.prompts[index].request(f"{turn}-{index}") for index in picked]
+        answers = engine.serve(requests, [rng.randrange(12) for _ in requests])
+        for index, request in zip(picked, requests, strict=True):
+            num_near_ties += not model.prompts[index].check_tokens(answers[request.request_id])
+            num_cached_tokens += request.num_cached_tokens
+    assert num_near_ties <= 1
+    assert num_cached_tokens > 300
+
+
 def test_placeholders_are_split_by_small_chunks(model: Any) -> None:
     prompt = model.refer(model.prompt(1, 2, model.picture(3, (1, 12, 14)), 4))  # 42 placeholders
     engine = model.engine(max_num_batched_tokens=16)

@@ -172,3 +172,55 @@ def test_logits_that_are_not_finite_choose_nothing(value: float) -> None:
     logits[1, 7] = value
     tokens = sample(Sampler(frozenset()), logits, [request_of(temperature=t) for t in (0.0, 1.0, 1.0)])
     assert [token is None for token in tokens] == [False, True, False]
+
+
+def test_a_row_of_a_large_batch_is_the_row_alone() -> None:
+    """Whatever its neighbours ask for; odd sizes, so that no row begins where a vector register does."""
+    vocab = 997
+    logits = torch.randn(61, vocab, generator=torch.Generator().manual_seed(5)) * 4
+    ways: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.7},
+        {"temperature": 1.3, "top_p": 0.8},
+        {"temperature": 1.0, "top_k": 7},
+        {"temperature": 1.0, "min_p": 0.05, "repetition_penalty": 1.2},
+        {
+            "temperature": 0.9,
+            "top_p": 0.95,
+            "top_k": 100,
+            "frequency_penalty": 0.5,
+            "logit_bias": ((5, 3.0), (6, -9.0)),
+        },
+        {"min_tokens": 50, "presence_penalty": 1.0},
+    ]
+
+    def requests() -> list[Request]:
+        return [request_of([1, 2], seed=row, logprobs=row % 4, **ways[row % len(ways)]) for row in range(61)]
+
+    together, alone = requests(), requests()
+    sampler, others = Sampler(frozenset([EOS])), [Sampler(frozenset([EOS])) for _ in range(61)]
+    for turn in range(6):
+        rows = logits.roll(turn, 1)
+        sampled = sampler.sample(rows, together)
+        singly = [one.sample(rows[row : row + 1], [alone[row]]) for row, one in enumerate(others)]
+        assert sampled.token_ids() == [one.token_ids()[0] for one in singly]
+        assert sampled.logprobs() == [(one.logprobs() or [None])[0] for one in singly]
+        for request, other, token in zip(together, alone, sampled.token_ids(), strict=True):
+            assert token is not None
+            request.output_token_ids.append(token)
+            other.output_token_ids.append(token)
+
+
+def test_penalties_follow_requests_that_come_and_go() -> None:
+    sampler = Sampler(frozenset())
+    requests = [request_of([row], repetition_penalty=1.5, presence_penalty=0.5) for row in range(5)]
+    for turn in range(12):
+        running = [request for row, request in enumerate(requests) if (turn + row) % 3]
+        logits = random_logits(turn, rows=len(running))
+        say(sampler, logits, running)
+        fresh = Sampler(frozenset())
+        for request in running:
+            said = request.output_token_ids.pop()
+            row = running.index(request)
+            assert sample(fresh, logits[row : row + 1], [request]) == [said]
+            request.output_token_ids.append(said)
