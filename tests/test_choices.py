@@ -14,7 +14,8 @@ import pytest
 
 from common import metrics
 from llm_service.api.app import create_app
-from llm_service.server import choice_seed
+from llm_service.engine.structured_output import StructuredOutput
+from llm_service.server import PreparedRequest, choice_seed
 from tests.conftest import picture
 from tests.test_api import URL, body, image_part
 from tests.test_equality import Services
@@ -174,6 +175,27 @@ async def test_an_answer_of_a_schema_parses_into_its_model(sdk: openai.AsyncOpen
         answer = await sdk.chat.completions.parse(**request, response_format=Scene)
         assert answer.choices[0].finish_reason == "stop"
         assert isinstance(answer.choices[0].message.parsed, Scene)
+
+
+async def test_preempted_answers_follow_their_grammar(tiny_checkpoint: Path) -> None:
+    services = Services(tiny_checkpoint, num_kv_blocks=18, max_num_seqs=16)
+    wanted = StructuredOutput("json", Scene.model_json_schema(), "response_format")
+    prepared = [
+        await services.prepare("Describe.", [], 200, n=3, temperature=1.0, seed=seed, structured_output=wanted)
+        for seed in range(4)
+    ]
+
+    async def texts(one: PreparedRequest) -> list[str]:
+        found = [""] * 3
+        async for output in services.llm.generate(one):
+            found[output.index] += output.text
+        return found
+
+    for group in await asyncio.gather(*map(texts, prepared)):
+        assert all(Scene.model_validate_json(text) for text in group)
+    assert services.llm.engine._engine.scheduler.num_preemptions > 0
+    services.llm.engine.check_health()
+    services.llm.engine.shutdown()
 
 
 async def test_choices_under_a_grammar_each_follow_it(sdk: openai.AsyncOpenAI) -> None:
