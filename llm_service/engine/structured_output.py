@@ -4,6 +4,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import llguidance.hf
@@ -117,8 +118,10 @@ class GrammarCompiler:
 class TokenMasks:
     """The allowed tokens of many answers, computed at once by llguidance's own threads."""
 
-    def __init__(self) -> None:
-        self._executor = LLExecutor()
+    @cached_property
+    def _executor(self) -> LLExecutor:
+        """Made when it is needed, because it starts threads."""
+        return LLExecutor()
 
     def compute(self, states: Sequence[GrammarState], vocab_size: int) -> Tensor:
         """int32 `[len(states), ceil(vocab_size / 32)]`, bit by bit."""
