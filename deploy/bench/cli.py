@@ -51,7 +51,6 @@ def engine(
     import torch
 
     from deploy.bench import engine as decoder
-    from deploy.shapes import CHECKPOINT
 
     if not torch.cuda.is_available():
         decoder.run_cpu(model or CHECKPOINT, output)

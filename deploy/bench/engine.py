@@ -284,8 +284,9 @@ def exactness(output: Path, *, num_requests: int = 64, num_tokens: int = 48) -> 
         for start in range(0, num_requests, size):
             found += answers(engine, [make() for make in workload[start : start + size]], reuse=False)
         compare(f"batches of {size}", found)
-    others = [lambda: request_of(200, num_tokens) for _ in range(256 - num_requests)]
-    compare("256 at once", answers(engine, [make() for make in (*workload, *others)], reuse=False)[:num_requests])
+    others = [request_of(200, num_tokens) for _ in range(256 - num_requests)]
+    requests = [make() for make in workload] + others
+    compare("256 at once", answers(engine, requests, reuse=False)[:num_requests])
     before = tight.scheduler.num_preemptions
     compare("520 tokens a step, 200 blocks", answers(tight, [make() for make in workload], reuse=False))
     rows[-1]["company"] += f", {tight.scheduler.num_preemptions - before} preemptions"

@@ -133,7 +133,7 @@ class Request:
     @property
     def must_see_tokens(self) -> bool:
         """No next step before the tokens of this one are known: they decide what may follow, or who goes on."""
-        return self.sampling_params.has_penalties or bool(self.forks or self.followers)
+        return self.sampling_params.has_penalties or self.grammar is not None or bool(self.forks or self.followers)
 
     def token_ids(self, start: int, end: int) -> list[int]:
         """Tokens `start` to `end` of prompt and answer as one sequence, copying no more than these."""

@@ -197,7 +197,7 @@ class _Plan:
         if biases:
             rows, token_ids, values = zip(*biases, strict=True)
             self.bias = _to(device, rows), _to(device, token_ids), _to(device, values, torch.float32)
-        edited = self.penalized is not None or self.bias is not None or bool(self._with_min_tokens)
+        edited = self.penalized or self.bias or self.constrained or self._with_min_tokens
         self.is_greedy = not (edited or drawn or self.logprobs)
 
     def early_ends(self, eos_token_ids: frozenset[int]) -> list[tuple[int, int]]:
