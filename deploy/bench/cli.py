@@ -7,6 +7,8 @@ import typer
 
 from deploy.shapes import CHECKPOINT
 
+_URL = "http://127.0.0.1:8000"
+
 bench = typer.Typer(help="Measure, and print one table and write one JSON file.", no_args_is_help=True)
 
 
@@ -29,6 +31,58 @@ def cache(
         cache_faults.run(num_requests=5 * rounds, output=output)
     else:
         transfers.run(rounds=rounds, output=output)
+
+
+@bench.command()
+def serving(
+    url: Annotated[str, typer.Option(help="Any OpenAI-compatible endpoint; /v1 may be left out.")] = _URL,
+    workload: Annotated[
+        str, typer.Option(help="repeated, new, production or text: questions about few or new pictures, as at Qwen-VL.")
+    ] = "repeated",
+    concurrency: Annotated[str | None, typer.Option(help="Closed loop: callers at once, such as 1,4,16.")] = None,
+    rate: Annotated[str | None, typer.Option(help="Open loop: requests per second, such as 1,2,4.")] = None,
+    requests: Annotated[int, typer.Option(min=1, help="At each load.")] = 64,
+    image: Annotated[str, typer.Option(help="Width x height of pictures.")] = "448x448",
+    questions: Annotated[int, typer.Option(min=1, help="About each picture, in repeated.")] = 8,
+    text_tokens: Annotated[int, typer.Option(min=1)] = 32,
+    output_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    scale: Annotated[float, typer.Option(min=0.001, help="Multiplies the text and answers of production.")] = 1.0,
+    cv: Annotated[
+        float | None, typer.Option(min=0.1, help="Of arrivals; 1 is Poisson, the default of production 2.2.")
+    ] = None,
+    probe_rate: Annotated[float, typer.Option(min=0, help="One-token text requests per second beside it.")] = 0.0,
+    slo_ttft_ms: Annotated[float, typer.Option(min=1)] = 2000.0,
+    slo_itl_ms: Annotated[float, typer.Option(min=1)] = 50.0,
+    ignore_eos: Annotated[bool, typer.Option(help="vLLM's field, so that answers have their length.")] = True,
+    model: Annotated[str | None, typer.Option(help="Default: the first one listed.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="FOVEA_API_KEY", show_default=False)] = None,
+    seed: int = 0,
+    output: Annotated[Path, typer.Option(help="The figures.")] = Path("fovea-bench-serving.json"),
+    plot: Annotated[Path, typer.Option(help="The picture.")] = Path("fovea-bench-serving.png"),
+) -> None:
+    """TTFT, ITL, E2E and goodput of a running service, at several concurrencies and request rates."""
+    from deploy.bench import serving as measurement
+    from deploy.bench.load import Endpoint
+    from deploy.bench.workloads import PRODUCTION_CV, WORKLOADS, Shape
+    from deploy.client import ClientError
+    from deploy.plan import size_of
+
+    if workload not in WORKLOADS:
+        raise ClientError(f"--workload is one of {', '.join(WORKLOADS)}, not {workload!r}")
+    closed = [measurement.Load(concurrency=int(one)) for one in measurement.numbers(concurrency, "--concurrency")]
+    opened = [measurement.Load(rate=one) for one in measurement.numbers(rate, "--rate")]
+    settings = measurement.Settings(
+        workload=workload,
+        shape=Shape(*size_of(image), text_tokens, output_tokens, questions, scale),
+        loads=closed + opened or [measurement.Load(concurrency=number) for number in (1, 4, 16)],
+        num_requests=requests,
+        cv=cv or (PRODUCTION_CV if workload == "production" else 1.0),
+        probe_rate=probe_rate,
+        slo=measurement.Slo(slo_ttft_ms / 1000, slo_itl_ms / 1000),
+        seed=seed,
+    )
+    endpoint = Endpoint(url, model, api_key, {"ignore_eos": True} if ignore_eos else {})
+    measurement.run(endpoint, settings, output=output, picture=plot)
 
 
 @bench.command()
