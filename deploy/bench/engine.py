@@ -128,18 +128,22 @@ def engine_throughput(
     batch: int,
     context: int,
     steps: Sequence[dict[str, Any]],
-    num_tokens: int = 128,
+    num_tokens: int = 256,
 ) -> dict[str, Any]:
-    """Tokens a second while all of `batch` requests decode around `context` tokens, beside the bare steps."""
+    """Tokens a second while all of `batch` requests decode, around `context` tokens, beside the bare steps."""
     for _ in range(batch):
         engine.add_request(request_of(context - num_tokens // 2, num_tokens))
-    first: set[str] = set()
-    while len(first) < batch:
-        first |= {output.request_id for output in engine.step()}
-    begin, num_outputs = time.perf_counter(), 0
-    while engine.has_unfinished_requests():
-        num_outputs += len(engine.step())
+    started: set[str] = set()
+    while len(started) < batch:
+        started |= {output.request_id for output in engine.step()}
+    begin, num_outputs, has_finished = time.perf_counter(), 0, False
+    while not has_finished:
+        outputs = engine.step()
+        num_outputs += len(outputs)
+        has_finished = any(output.finish_reason is not None for output in outputs)
     rate = num_outputs / (time.perf_counter() - begin)
+    while engine.has_unfinished_requests():
+        engine.step()
     bare = next(
         row["tok/s"] for row in steps if (row["numerics"], row["batch"], row["context"]) == (numerics, batch, context)
     )
