@@ -4,6 +4,7 @@ The model class is pruned in `__init__`, which runs on the meta device; transfor
 no place for the other half's tensors and never reads them.
 """
 
+import copy
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,17 +15,20 @@ import blake3
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from common.config import ModelConfig
 from common.families import family_of
+from common.geometry import ImageGeometry
 from common.identity import framed_digest
 
 transformers_logging.disable_progress_bar()
 
 Half = Literal["vision", "language"]
+
+GIB = 1024**3
 
 _DECODER_NAMES = ("language_model", "text_model")  # every other child of the base model belongs to the vision half
 _CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
@@ -64,10 +68,21 @@ def checkpoint_directory(config: ModelConfig) -> Path:
 
 def load_config(directory: Path) -> Any:
     """The checkpoint's transformers configuration. Raises ValueError for a model Fovea cannot split."""
+    if (directory / "adapter_config.json").exists():
+        adapter = json.loads((directory / "adapter_config.json").read_text())
+        raise ValueError(
+            f"{directory} has an adapter ({adapter.get('peft_type', 'LORA')}, rank {adapter.get('r')}, of "
+            f"{adapter.get('base_model_name_or_path')}); merge it into its base model first"
+        )
     config = AutoConfig.from_pretrained(directory)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError("quantised checkpoints are not supported")
     family_of(config)
+    _check_quantisation(config)
+    text_config = config.get_text_config()
+    if text_config.is_encoder_decoder:
+        raise ValueError(
+            f"text models with an encoder of their own are not supported: {text_config.model_type} of "
+            f"{text_config.num_layers} + {text_config.num_decoder_layers} layers"
+        )
     return config
 
 
@@ -77,6 +92,18 @@ def load_preprocessor_config(directory: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def load_image_processor(directory: Path) -> Any:
+    """The checkpoint's own image processor, as transformers has it for PIL, whatever else is installed."""
+    return AutoImageProcessor.from_pretrained(directory, backend="pil")
+
+
+def load_geometry(directory: Path, config: Any) -> ImageGeometry:
+    """What images become in prompts. Raises ValueError for settings that the family does not support."""
+    family = family_of(config)
+    preprocessing = load_preprocessor_config(directory) if family.own_pixels else load_image_processor(directory)
+    return family.geometry(config, preprocessing)
+
+
 def load_half(model_config: ModelConfig, half: Half) -> LoadedHalf:
     """One half in eval mode on its device. Raises ValueError for any missing, mismatched or unmaterialised tensor."""
     directory = checkpoint_directory(model_config)
@@ -84,6 +111,7 @@ def load_half(model_config: ModelConfig, half: Half) -> LoadedHalf:
     device = choose_device(model_config)
     dtype = choose_dtype(model_config, config, device)
     pruned = pruned_class(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)], half)
+    _check_memory(pruned, config, half, dtype, device)
     if model_config.load_format == "dummy":
         model = _with_dummy_weights(pruned, config, dtype)
     else:
@@ -118,10 +146,51 @@ def device_capability(device: torch.device) -> str:
     return f"cpu/{torch.backends.cpu.get_cpu_capability()}/{torch.get_num_threads()}-thread"
 
 
+def _check_quantisation(config: Any) -> None:
+    quantisation = getattr(config, "quantization_config", None)
+    if quantisation is not None:
+        fields = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
+        method, bits = fields.get("quant_method", "unknown"), fields.get("bits")
+        raise ValueError(f"quantised checkpoints are not supported: {method}{f', {bits} bits' if bits else ''}")
+
+
+def _check_memory(
+    pruned: type[PreTrainedModel], config: Any, half: Half, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Raises ValueError, before anything is read, for a half whose weights alone are more than its GPU has left."""
+    if device.type != "cuda":
+        return
+    with torch.device("meta"):
+        model = pruned(copy.deepcopy(config))
+    model.tie_weights()
+    num_bytes = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    num_free, num_total = torch.cuda.mem_get_info(device)
+    if num_bytes > num_free:
+        raise ValueError(
+            f"the {half} half does not fit: it has {num_bytes / GIB:.1f} GiB of weights in "
+            f"{str(dtype).removeprefix('torch.')}, and {num_free / GIB:.1f} of {num_total / GIB:.1f} GiB are free on "
+            f"{device}"
+        )
+
+
 def base_of(model: nn.Module) -> nn.Module:
     """The module that holds the two halves as children."""
     base = getattr(model, "model", None)
     return base if isinstance(base, nn.Module) else model
+
+
+def decoder_of(model: nn.Module) -> Any:
+    """The child that reads text; some families have a model with a head of its own there."""
+    base = base_of(model)
+    return getattr(base, next(name for name in _DECODER_NAMES if hasattr(base, name)))
+
+
+def text_model_and_head(model: nn.Module) -> tuple[Any, Any]:
+    """What makes hidden states of embeddings, and what makes logits of those."""
+    decoder = decoder_of(model)
+    if (head := decoder.get_output_embeddings()) is not None:
+        return decoder.base_model, head
+    return decoder, model.lm_head
 
 
 def pruned_class(cls: type[PreTrainedModel], half: Half) -> type[PreTrainedModel]:

@@ -1,24 +1,42 @@
-"""What differs between model families: placeholders, token counts, position rule, feature layout.
+"""What differs between model families, in one table; the only place that knows a family by its name.
 
-A family that is not in `FAMILIES` is refused at start. Another family is one more row.
+A family that is not in `FAMILIES` is refused at start. Another family is one more row, and a function that makes its
+geometry from the checkpoint's configuration.
 """
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
-from common.embedding import EmbeddingSpec, Grid, deepstack_names
-from common.errors import InvalidRequestError
+from common.embedding import Grid
+from common.geometry import (
+    AnyresGeometry,
+    FixedGeometry,
+    ImageGeometry,
+    Layout,
+    PatchGeometry,
+    TiledGeometry,
+    split_rows_and_columns,
+)
 
 MropeRule = Literal["qwen", "hf5"]
 
-MAX_ASPECT_RATIO = 200  # these three are the defaults of transformers' Qwen2-VL image processor
-DEFAULT_MIN_PIXELS = 56 * 56
+DEFAULT_MIN_PIXELS = 56 * 56  # these two are the defaults of transformers' Qwen2-VL image processor
 DEFAULT_MAX_PIXELS = 28 * 28 * 1280
+
+_FAKE, _IMAGE = "<fake_token_around_image>", "<image>"
+
+# Base models have no chat template: as transformers' processors, images first, even before the beginning of the text.
+_IMAGES_THEN_TEXT = (
+    "{% for message in messages %}{% for part in message.content if part.type == 'image' %}<image>{% endfor %}"
+    "{% endfor %}{{ bos_token }}{% for message in messages %}{{ '\n' if not loop.first }}"
+    "{% for part in message.content if part.type == 'text' %}{{ part.text }}{% endfor %}{% endfor %}"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,22 +51,161 @@ class VisionItem:
     interval: float = 1.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """One row of the table. `placeholder` is what the chat template writes once for each image."""
+    """One row of the table.
+
+    `geometry` is made from the transformers configuration and what says how images are processed: the fields of
+    `preprocessor_config.json` for a family whose pixels we make (`own_pixels`), else transformers' image processor,
+    which is called with `processor_options`. `chat_template` is for checkpoints without one; `string_content` says that
+    templates take text as a string. With `needs_instruction` features depend on the text of the prompt. Of two images
+    with nothing between them `shares_boundary` lets the second begin with the token that the first ends with, and
+    `spaces_text` parts the text after an image from it.
+    """
 
     model_type: str
-    placeholder: str
-    uses_mrope: bool
+    geometry: Callable[[Any, Any], ImageGeometry]
+    uses_mrope: bool = False
+    own_pixels: bool = False
+    processor_options: Mapping[str, Any] = field(default_factory=dict)
+    chat_template: str | None = None
+    string_content: bool = False
+    counts_images: bool = False
+    needs_instruction: bool = False
+    shares_boundary: bool = False
+    spaces_text: bool = False
 
+
+def _patches(config: Any, preprocessor: Mapping[str, Any]) -> ImageGeometry:
+    """`preprocessor` is `preprocessor_config.json`, in either of its two spellings."""
+    size = preprocessor.get("size") or {}
+    return PatchGeometry(
+        patch_size=config.vision_config.patch_size,
+        merge_size=config.vision_config.spatial_merge_size,
+        hidden_size=config.get_text_config().hidden_size,
+        min_pixels=preprocessor.get("min_pixels") or size.get("shortest_edge") or DEFAULT_MIN_PIXELS,
+        max_pixels=preprocessor.get("max_pixels") or size.get("longest_edge") or DEFAULT_MAX_PIXELS,
+        num_deepstack=len(getattr(config.vision_config, "deepstack_visual_indexes", ())),
+    )
+
+
+# rows beside those of patches that a LLaVA tower puts first
+_TOWERS = {"clip_vision_model": 1, "dinov2": 1, "siglip_vision_model": 0}
+
+
+def _num_other_rows(config: Any) -> int:
+    """What is left of these rows when `default` has dropped the first one."""
+    tower: str = config.vision_config.model_type
+    if tower not in _TOWERS:
+        raise ValueError(f"vision tower {tower!r} is not supported; supported are {sorted(_TOWERS)}")
+    drops_first: bool = config.vision_feature_select_strategy == "default"
+    return _TOWERS[tower] - drops_first
+
+
+def _llava(config: Any, processor: Any) -> ImageGeometry:
+    size = processor.crop_size if processor.do_center_crop else processor.size
+    rows, columns = (length // config.vision_config.patch_size for length in (size["height"], size["width"]))
+    return _fixed(config, rows * columns + _num_other_rows(config), grid=(1, rows, columns))
+
+
+def _anyres(config: Any, processor: Any, max_tiles: int | None = None) -> ImageGeometry:
+    if _num_other_rows(config):
+        raise ValueError(
+            f"vision_feature_select_strategy {config.vision_feature_select_strategy!r} leaves rows of the tower "
+            f"{config.vision_config.model_type!r} that are no patches"
+        )
+    return AnyresGeometry(
+        hidden_size=config.get_text_config().hidden_size,
+        tile_size=config.vision_config.image_size,
+        patch_size=config.vision_config.patch_size,
+        resolutions=[(height, width) for height, width in config.image_grid_pinpoints],
+        max_tiles=max_tiles,
+    )
+
+
+def _onevision(config: Any, processor: Any) -> ImageGeometry:
+    return _anyres(config, processor, max_tiles=int(config.vision_aspect_ratio.removeprefix("anyres_max_")))
+
+
+def _internvl(config: Any, processor: Any) -> ImageGeometry:
+    tile = processor.size["height"], processor.size["width"]
+
+    def cut(height: int, width: int) -> tuple[int, int]:
+        columns, rows = get_optimal_tiled_canvas((height, width), tile, processor.min_patches, processor.max_patches)
+        return rows, columns
+
+    def write(grid: Grid) -> Layout:
+        return "<img>", grid[0] * config.image_seq_length, "</img>"
+
+    return TiledGeometry(hidden_size=config.get_text_config().hidden_size, cut=cut, write=write)
+
+
+def _idefics2(config: Any, processor: Any) -> ImageGeometry:
+    num_views = 5 if processor.do_image_splitting else 1  # quarters and the whole
+    layout = (*(_FAKE, config.perceiver_config.resampler_n_latents) * num_views, _FAKE)
+    return FixedGeometry(
+        hidden_size=config.get_text_config().hidden_size, fixed_grid=(num_views, 1, 1), fixed_layout=layout
+    )
+
+
+def _idefics3(config: Any, processor: Any) -> ImageGeometry:
+    vision = config.vision_config
+    num_tokens = (vision.image_size // vision.patch_size) ** 2 // config.scale_factor**2
+    whole = (f"{_FAKE}<global-img>", num_tokens, _FAKE)
+
+    def write(grid: Grid) -> Layout:
+        views, rows, columns = grid
+        if views == 1:
+            return whole
+        pieces: list[str | int] = []
+        for row, column in ((row, column) for row in range(rows) for column in range(columns)):
+            newline = "\n" if row and not column else ""
+            pieces += [f"{newline}{_FAKE}<row_{row + 1}_col_{column + 1}>", num_tokens]
+        return (*pieces, f"\n\n{whole[0]}", *whole[1:])
+
+    edges = {"longest_edge": processor.size["longest_edge"], "tile_size": processor.max_image_size["longest_edge"]}
+    return TiledGeometry(
+        hidden_size=config.get_text_config().hidden_size,
+        cut=partial(split_rows_and_columns, **edges) if processor.do_image_splitting else lambda height, width: (1, 1),
+        write=write,
+    )
+
+
+def _queries(config: Any, processor: Any) -> ImageGeometry:
+    return _fixed(config, config.num_query_tokens)
+
+
+def _fixed(config: Any, num_tokens: int, grid: Grid = (1, 1, 1)) -> ImageGeometry:
+    return FixedGeometry(hidden_size=config.get_text_config().hidden_size, fixed_grid=grid, fixed_layout=(num_tokens,))
+
+
+_QWEN: Mapping[str, Any] = {"geometry": _patches, "uses_mrope": True, "own_pixels": True, "string_content": True}
+_BLIP: Mapping[str, Any] = {"geometry": _queries, "chat_template": _IMAGES_THEN_TEXT}
 
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
     for family in (
-        Family("qwen2_vl", placeholder="<|image_pad|>", uses_mrope=True),
-        Family("qwen2_5_vl", placeholder="<|image_pad|>", uses_mrope=True),
-        Family("qwen3_vl", placeholder="<|image_pad|>", uses_mrope=True),
+        Family(model_type="qwen2_vl", **_QWEN),
+        Family(model_type="qwen2_5_vl", **_QWEN),
+        Family(model_type="qwen3_vl", **_QWEN),
+        Family(model_type="llava", geometry=_llava),
+        Family(model_type="llava_next", geometry=_anyres),
+        Family(model_type="llava_onevision", geometry=_onevision, counts_images=True),
+        Family(model_type="internvl", geometry=_internvl, processor_options={"crop_to_patches": True}),
+        Family(model_type="idefics2", geometry=_idefics2, shares_boundary=True, spaces_text=True),
+        Family(model_type="idefics3", geometry=_idefics3),
+        Family(model_type="smolvlm", geometry=_idefics3),
+        Family(model_type="blip-2", **_BLIP),
+        Family(model_type="instructblip", **_BLIP, needs_instruction=True),
     )
+}
+
+# Refused with a reason: their decoders do more with an image than read rows in place of tokens.
+_REFUSED = {
+    "mllama": "its decoder reads images by cross-attention",
+    "idefics": "its decoder reads images by cross-attention",
+    "paligemma": "its decoder lets the prompt attend to what follows it",
+    "gemma3": "its decoder lets the tokens of an image attend to those that follow",
 }
 
 
@@ -56,77 +213,12 @@ def family_of(config: Any) -> Family:
     """The family of a transformers configuration. Raises ValueError with the supported names for any other."""
     family = FAMILIES.get(config.model_type)
     if family is None:
-        raise ValueError(f"model type {config.model_type!r} is not supported; supported are {sorted(FAMILIES)}")
-    return family
-
-
-def smart_resize_grid(
-    height: int, width: int, *, patch_size: int, merge_size: int, min_pixels: int, max_pixels: int
-) -> Grid:
-    """The patch grid of an image of this displayed size, in pixels, from the size alone.
-
-    Equal to `smart_resize` of transformers' Qwen2-VL image processor: sides are rounded half to even to multiples of
-    `patch_size * merge_size`, shrunk by floor above `max_pixels`, grown by ceil below `min_pixels`. Raises ValueError
-    for an aspect ratio above 200.
-    """
-    unit = patch_size * merge_size
-    if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
-        raise ValueError(f"the aspect ratio of {width} x {height} pixels is above {MAX_ASPECT_RATIO}")
-    rows, columns = round(height / unit), round(width / unit)
-    if rows * columns * unit**2 > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        rows, columns = (max(1, math.floor(side / shrink / unit)) for side in (height, width))
-    elif rows * columns * unit**2 < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        rows, columns = (math.ceil(side * grow / unit) for side in (height, width))
-    return 1, rows * merge_size, columns * merge_size
-
-
-def num_image_tokens(grid_thw: Grid, merge_size: int) -> int:
-    """Rows of features, and so placeholder tokens, of one image or clip."""
-    return math.prod(grid_thw) // merge_size**2
-
-
-@dataclass(frozen=True, slots=True)
-class ImageGeometry:
-    """How a checkpoint cuts images into patches and tokens; all that a prompt needs to know of an image is its size.
-
-    `min_pixels` and `max_pixels` are the pixel budget unless a request asks for another; `hidden_size` is that of the
-    text model, into which features are projected. Beside the features there are `num_deepstack` further sets of rows.
-    """
-
-    patch_size: int
-    merge_size: int
-    hidden_size: int
-    min_pixels: int
-    max_pixels: int
-    num_deepstack: int = 0
-
-    @classmethod
-    def of(cls, config: Any, preprocessor: Mapping[str, Any]) -> "ImageGeometry":
-        """From the transformers configuration and `preprocessor_config.json`, in either of its two spellings."""
-        size = preprocessor.get("size") or {}
-        return cls(
-            patch_size=config.vision_config.patch_size,
-            merge_size=config.vision_config.spatial_merge_size,
-            hidden_size=config.get_text_config().hidden_size,
-            min_pixels=preprocessor.get("min_pixels") or size.get("shortest_edge") or DEFAULT_MIN_PIXELS,
-            max_pixels=preprocessor.get("max_pixels") or size.get("longest_edge") or DEFAULT_MAX_PIXELS,
-            num_deepstack=len(getattr(config.vision_config, "deepstack_visual_indexes", ())),
+        reason = _REFUSED.get(config.model_type)
+        raise ValueError(
+            f"model type {config.model_type!r} is not supported{f' ({reason})' if reason else ''}; supported are "
+            f"{sorted(FAMILIES)}"
         )
-
-    def grid(self, height: int, width: int, *, min_pixels: int, max_pixels: int) -> Grid:
-        """The patch grid of an image of this displayed size. Raises InvalidRequestError for an extreme aspect ratio."""
-        units = {"patch_size": self.patch_size, "merge_size": self.merge_size}
-        try:
-            return smart_resize_grid(height, width, **units, min_pixels=min_pixels, max_pixels=max_pixels)
-        except ValueError as exc:
-            raise InvalidRequestError(str(exc), code="invalid_image") from exc
-
-    def embedding_spec(self, grid_thw: Grid, dtype: torch.dtype) -> EmbeddingSpec:
-        shape = (num_image_tokens(grid_thw, self.merge_size), self.hidden_size)
-        names = ["features", *deepstack_names(self.num_deepstack)]
-        return EmbeddingSpec(grid_thw=grid_thw, shapes=dict.fromkeys(names, shape), dtype=dtype)
+    return family
 
 
 def mrope_positions(

@@ -8,7 +8,7 @@ from PIL import ExifTags, Image
 from common.config import ImageLimits
 from common.embedding import Grid
 from common.errors import InvalidRequestError, PayloadTooLargeError
-from common.families import ImageGeometry
+from common.geometry import ImageGeometry
 from common.identity import mm_hash
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -19,17 +19,25 @@ Image.MAX_IMAGE_PIXELS = None
 
 @dataclass(frozen=True, slots=True)
 class MediaParams:
-    """What features depend on besides the bytes and the namespace: the pixel budget. Part of the key."""
+    """What features depend on besides the bytes and the namespace. Part of the key.
+
+    That is the pixel budget; for some families also whether the image is `alone` in its prompt, or an `instruction`,
+    the text of the prompt.
+    """
 
     min_pixels: int
     max_pixels: int
+    alone: bool = True
+    instruction: str = ""
 
     def grid(self, geometry: ImageGeometry, height: int, width: int) -> Grid:
-        """The patch grid of an image of this displayed size, in pixels, under this budget."""
-        return geometry.grid(height, width, min_pixels=self.min_pixels, max_pixels=self.max_pixels)
+        """The grid of an image of this displayed size, in pixels, under these params."""
+        return geometry.grid(height, width, min_pixels=self.min_pixels, max_pixels=self.max_pixels, alone=self.alone)
 
     def __str__(self) -> str:
-        return f"max_pixels={self.max_pixels},min_pixels={self.min_pixels}"
+        among = "" if self.alone else ",among=others"
+        instruction = f",instruction={mm_hash(self.instruction.encode())}" if self.instruction else ""
+        return f"max_pixels={self.max_pixels},min_pixels={self.min_pixels}{among}{instruction}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,14 +36,12 @@ from common.checkpoint import (
     weights_digest,
 )
 from common.config import ModelConfig
-from common.families import ImageGeometry
 from common.identity import system_fingerprint
 from common.media import FORMATS
 from deploy import service
 from deploy.app import EMBEDDED_MODEL, resolve_model
 from deploy.client import Answer, Client
-from encoder_service.encoder import VisionEncoder
-from encoder_service.preprocess import ImagePreprocessor
+from encoder_service.encoder import VisionEncoder, load_preprocessor
 from llm_service.config import EngineConfig
 from llm_service.server import decoder_description, library_versions, position_rule
 
@@ -200,7 +198,7 @@ class OnePieceModel:
 
     def __init__(self, config: ModelConfig) -> None:
         torch.set_num_threads(config.num_threads)
-        directory = checkpoint_directory(config)
+        self._directory = directory = checkpoint_directory(config)
         self._config = config
         self._hf_config = load_config(directory)
         self._device = choose_device(config)
@@ -208,8 +206,7 @@ class OnePieceModel:
         model_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(self._hf_config)]
         self._model = model_class.from_pretrained(directory, dtype=self._dtype).eval().to(self._device)
         self._tokenizer = AutoTokenizer.from_pretrained(directory)
-        self._preprocessor_config = load_preprocessor_config(directory)
-        self._processor = Qwen2VLImageProcessorPil(**self._preprocessor_config)
+        self._processor = Qwen2VLImageProcessorPil(**load_preprocessor_config(directory))
 
     @torch.inference_mode()
     def answer(self, image: bytes, prompt: str, max_tokens: int) -> tuple[str, int]:
@@ -241,8 +238,7 @@ class OnePieceModel:
         """The fingerprint a service over these very weights and this software must have, with the default engine."""
         digest = weights_digest(self._model, "vision")
         vision = LoadedHalf(self._model, self._hf_config, self._device, self._dtype, digest)
-        geometry = ImageGeometry.of(self._hf_config, self._preprocessor_config)
-        preprocessor = ImagePreprocessor(geometry, self._preprocessor_config, self._config.limits)
+        preprocessor = load_preprocessor(self._directory, self._hf_config, self._config.limits)
         return system_fingerprint(
             vision=VisionEncoder(vision, preprocessor, self._config.numerics).namespace,
             language_weights=weights_digest(self._model, "language"),

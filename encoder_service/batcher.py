@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from common.embedding import VisionEmbedding
 from common.errors import OverloadedError
 from encoder_service.config import EncoderConfig
-from encoder_service.preprocess import PreprocessedImage
+from encoder_service.encoder import Preprocessed
 
-Encode = Callable[[list[PreprocessedImage]], list[VisionEmbedding]]
+Encode = Callable[[list[Preprocessed]], list[VisionEmbedding]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
-    image: PreprocessedImage
+    image: Preprocessed
     result: asyncio.Future[VisionEmbedding]
 
 
@@ -30,7 +30,7 @@ class Batcher:
         self._device = ThreadPoolExecutor(1, thread_name_prefix="vision-encoder")
         self._running: asyncio.Task[None] | None = None
 
-    async def submit(self, image: PreprocessedImage) -> VisionEmbedding:
+    async def submit(self, image: Preprocessed) -> VisionEmbedding:
         """Raises OverloadedError at once when the queue is full."""
         if len(self._queue) >= self._config.max_queued_images:
             raise OverloadedError(

@@ -5,7 +5,7 @@ one frame until they reach the device: 8 times fewer bytes than the processor's 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from common.config import ImageLimits
 from common.embedding import Grid
 from common.errors import InvalidRequestError
-from common.families import ImageGeometry
+from common.geometry import PatchGeometry
 from common.media import MediaParams, open_image, orientation_of
 
 _VERSION = 1  # of this file's arithmetic; part of the namespace
@@ -51,9 +51,20 @@ class PreprocessedImage:
 
 
 class ImagePreprocessor:
-    """Decodes, orients, resizes and cuts images the way the checkpoint's own processor does. Thread-safe."""
+    """Decodes, orients, resizes and cuts images the way the checkpoint's own processor does. Thread-safe.
 
-    def __init__(self, geometry: ImageGeometry, preprocessor: Mapping[str, Any], limits: ImageLimits) -> None:
+    `temporal_patch_size` frames are in a patch.
+    """
+
+    can_batch = True
+
+    def __init__(
+        self,
+        geometry: PatchGeometry,
+        preprocessor: Mapping[str, Any],
+        limits: ImageLimits,
+        temporal_patch_size: int = 2,
+    ) -> None:
         for option in ("do_resize", "do_rescale", "do_normalize"):
             if not preprocessor.get(option, True):
                 raise ValueError(f"preprocessor_config.json: {option}=false is not supported")
@@ -61,9 +72,11 @@ class ImagePreprocessor:
             raise ValueError("preprocessor_config.json: only bicubic resampling is supported")
         self.geometry = geometry
         self.limits = limits
+        self.temporal_patch_size = temporal_patch_size
         self.rescale_factor = preprocessor.get("rescale_factor", 1 / 255)
         self.mean = tuple(preprocessor.get("image_mean") or _MEAN)
         self.std = tuple(preprocessor.get("image_std") or _STD)
+        self._table = self.normalization_table()
 
     def __call__(self, data: bytes, params: MediaParams) -> PreprocessedImage:
         """Raises InvalidRequestError for bytes that are not a whole image within the limits."""
@@ -72,6 +85,14 @@ class ImagePreprocessor:
         size = (grid[2] * self.geometry.patch_size, grid[1] * self.geometry.patch_size)
         resized = image.resize(size, Image.Resampling.BICUBIC)
         return PreprocessedImage(patches=self._patchify(np.asarray(resized), grid), grid_thw=grid)
+
+    def model_inputs(self, images: Sequence[PreprocessedImage], device: torch.device) -> dict[str, Tensor]:
+        """What `get_image_features` takes for a batch, on its device."""
+        patches = torch.cat([image.patches for image in images]).to(device)
+        return {
+            "pixel_values": pixel_values(patches, self._table.to(device), self.temporal_patch_size),
+            "image_grid_thw": torch.tensor([image.grid_thw for image in images], device=device),
+        }
 
     def fingerprint(self) -> str:
         """Everything here that pixel values depend on besides the image and its params, for the namespace."""

@@ -11,19 +11,17 @@ import torch
 
 from common import metrics
 from common.cache import EmbeddingCache, SingleFlight
-from common.checkpoint import checkpoint_directory, load_half, load_preprocessor_config
+from common.checkpoint import checkpoint_directory, load_geometry, load_half
 from common.config import ModelConfig
 from common.embedding import EmbeddingSpec, VisionEmbedding, content_digest, pack, unpack
 from common.errors import InvalidRequestError
-from common.families import ImageGeometry
 from common.identity import EmbeddingNamespace, mm_hash
 from common.media import MediaItem, image_header
 from common.media_store import MediaStore, discard_from
 from encoder_service.batcher import Batcher
 from encoder_service.config import EncoderConfig
-from encoder_service.encoder import VisionEncoder
+from encoder_service.encoder import Preprocessed, VisionEncoder, load_preprocessor
 from encoder_service.pixel_alias import PixelAlias, pixel_digest
-from encoder_service.preprocess import ImagePreprocessor, PreprocessedImage
 
 T = TypeVar("T")
 
@@ -45,10 +43,10 @@ class EncoderServer:
         """With an `alias_store`, files with the same pixels share an embedding."""
         torch.set_num_threads(model.num_threads)
         half = load_half(model, "vision")
-        preprocessor_config = load_preprocessor_config(checkpoint_directory(model))
-        self._geometry = ImageGeometry.of(half.config, preprocessor_config)
+        directory = checkpoint_directory(model)
+        self._geometry = load_geometry(directory, half.config)
         self._limits = model.limits
-        self._preprocess = ImagePreprocessor(self._geometry, preprocessor_config, model.limits)
+        self._preprocess = load_preprocessor(directory, half.config, model.limits)
         self._encoder = VisionEncoder(half, self._preprocess, model.numerics)
         self._dtype = half.dtype
         self._batcher = Batcher(self._encoder.encode, config)
@@ -144,9 +142,9 @@ class EncoderServer:
         metrics.images_encoded.inc()
         return dataclasses.replace(embedding, encode_ms=preprocess_ms + embedding.encode_ms)
 
-    def _preprocess_and_time(self, item: MediaItem) -> tuple[PreprocessedImage, float]:
+    def _preprocess_and_time(self, item: MediaItem) -> tuple[Preprocessed, float]:
         started = time.thread_time()  # what it costs, not how long other threads kept it waiting
-        image = self._preprocess(item.data, item.params)
+        image: Preprocessed = self._preprocess(item.data, item.params)
         return image, (time.thread_time() - started) * 1000
 
     def _pack(self, key: str, embedding: VisionEmbedding) -> tuple[bytes, VisionEmbedding]:

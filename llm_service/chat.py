@@ -51,10 +51,14 @@ class ChatMessage:
     role: str
     content: list[str | AnyImagePart]
 
-    def for_template(self) -> dict[str, Any]:
-        """What chat templates expect: a string, or parts in which an image is a bare marker."""
-        if all(isinstance(part, str) for part in self.content):
-            return {"role": self.role, "content": "".join(part for part in self.content if isinstance(part, str))}
+    @property
+    def text(self) -> str:
+        return "".join(part for part in self.content if isinstance(part, str))
+
+    def for_template(self, *, string_content: bool = True) -> dict[str, Any]:
+        """What chat templates expect: parts in which an image is a bare marker, or the text as a string."""
+        if string_content and all(isinstance(part, str) for part in self.content):
+            return {"role": self.role, "content": self.text}
         parts = [
             {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in self.content
         ]

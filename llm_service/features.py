@@ -15,7 +15,7 @@ from common import metrics
 from common.cache import EmbeddingCache, SingleFlight
 from common.embedding import EmbeddingFormatError, EmbeddingSpec, Grid, VisionEmbedding, content_digest, unpack
 from common.errors import InvalidRequestError, UnavailableError
-from common.families import ImageGeometry
+from common.geometry import ImageGeometry
 from common.identity import EmbeddingNamespace
 from common.media import MediaItem
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -18,7 +19,7 @@ from common.errors import (
     InvalidRequestError,
     UnavailableError,
 )
-from common.families import ImageGeometry
+from common.geometry import ImageGeometry
 from common.identity import EmbeddingNamespace, image_of
 from common.media import ImageHeader, MediaItem, MediaParams, image_header
 from common.media_store import DeletionWatcher, MediaRecord, MediaStore, discard_from
@@ -39,6 +40,17 @@ class MediaStatus:
     num_tokens: int
     grid_thw: Grid
     tiers: list[str]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MediaContext:
+    """What features of some families depend on besides the image: see `MediaParams`."""
+
+    alone: bool = True
+    instruction: str = ""
+
+
+ALONE = MediaContext()
 
 
 class MediaLibrary:
@@ -66,17 +78,17 @@ class MediaLibrary:
         self._params: dict[Detail, MediaParams] = {"auto": params, "low": low, "high": params, "original": params}
         self._pinning: dict[str, asyncio.Task[None]] = {}
 
-    async def resolve(self, parts: Sequence[AnyImagePart]) -> list[ImageRequest]:
+    async def resolve(self, parts: Sequence[AnyImagePart], context: MediaContext = ALONE) -> list[ImageRequest]:
         """What to encode for each part, in order. Nothing is decoded; bytes of managed images are not read yet."""
         await self.deletions.listen()
-        return [await self._resolve(part) for part in parts]
+        return [await self._resolve(part, context) for part in parts]
 
     async def add(
         self, source: bytes, *, ttl_s: float | None = None, pin: bool | None = None, prewarm: bool = False
     ) -> MediaStatus:
         """Keeps an image. The same bytes are the same media."""
         await self.deletions.listen()
-        request, header = self._sent(source, "auto", "file")
+        request, header = self._sent(source, "auto", "file", ALONE)
         record = await self._keep(request, header, ttl_s, pin)
         if prewarm:
             await self._features.get_many([request])
@@ -116,7 +128,7 @@ class MediaLibrary:
     async def warm(self, source: bytes) -> ImageFeatures:
         """Has an image encoded, unless it is cached, without keeping its bytes."""
         await self.deletions.listen()
-        request, _ = self._sent(source, "auto", "file")
+        request, _ = self._sent(source, "auto", "file", ALONE)
         return (await self._features.get_many([request]))[0]
 
     async def tiers_of_image(self, mm_hash: str) -> list[str]:
@@ -160,16 +172,18 @@ class MediaLibrary:
         await self.deletions.poll()
         return len(keys)
 
-    async def _resolve(self, part: AnyImagePart) -> ImageRequest:
+    async def _resolve(self, part: AnyImagePart, context: MediaContext) -> ImageRequest:
         if isinstance(part, MediaPart):
-            return self._managed(await self._record(part), part.detail, part.field)
-        request, header = self._sent(part.data, part.detail, part.field)
+            return self._managed(await self._record(part), part.detail, part.field, context)
+        request, header = self._sent(part.data, part.detail, part.field, context)
         if part.alias is not None:
             await self._bind(part, request, header)
         return request
 
-    def _sent(self, source: bytes, detail: Detail, field: str) -> tuple[ImageRequest, ImageHeader]:
-        params = self._params[detail]
+    def _sent(
+        self, source: bytes, detail: Detail, field: str, context: MediaContext
+    ) -> tuple[ImageRequest, ImageHeader]:
+        params = self._params_in(detail, context)
         try:
             header = image_header(source, self._limits)
             grid = params.grid(self._geometry, header.height, header.width)
@@ -177,8 +191,12 @@ class MediaLibrary:
             raise type(exc)(exc.message, param=field, code=exc.code) from exc
         return ImageRequest(MediaItem.of(source, params), grid, field), header
 
-    def _managed(self, record: MediaRecord, detail: Detail, field: str) -> ImageRequest:
+    def _params_in(self, detail: Detail, context: MediaContext) -> MediaParams:
         params = self._params[detail]
+        return dataclasses.replace(params, alone=context.alone, instruction=context.instruction)
+
+    def _managed(self, record: MediaRecord, detail: Detail, field: str, context: MediaContext) -> ImageRequest:
+        params = self._params_in(detail, context)
         return ImageRequest(
             item=MediaItem(b"", record.mm_hash, params),
             grid_thw=params.grid(self._geometry, record.height, record.width),
@@ -231,7 +249,7 @@ class MediaLibrary:
         )
 
     async def _status(self, record: MediaRecord) -> MediaStatus:
-        request = self._managed(record, "auto", "media_id")
+        request = self._managed(record, "auto", "media_id", ALONE)
         namespace = await self._features.namespace()
         tiers = await self._cache.tiers(_key(namespace, request))
         spec = await self._spec(request.grid_thw)
@@ -261,8 +279,8 @@ class MediaLibrary:
             self._answers.discard_image(mm_hash)
         # The shared tier may have what this replica does not.
         namespace = await self._features.namespace()
-        for params in (self.params, self._params["low"]):
-            self._cache.discard(namespace.key(mm_hash, str(params)))
+        for params, alone in itertools.product((self.params, self._params["low"]), (True, False)):
+            self._cache.discard(namespace.key(mm_hash, str(dataclasses.replace(params, alone=alone))))
 
     def _pin_later(self, key: str) -> None:
         if key not in self._pinning:

@@ -1,32 +1,38 @@
 """Messages -> what the engine takes: chat template, tokens, expanded placeholders, position ids. No pixels."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from common.embedding import Grid
 from common.errors import InvalidRequestError
-from common.families import ImageGeometry, MropeRule, VisionItem, mrope_positions, num_image_tokens
+from common.families import MropeRule, VisionItem, family_of, mrope_positions
+from common.geometry import ImageGeometry, PatchGeometry
 from llm_service.chat import ChatMessage
 from llm_service.engine.request import PlaceholderRange
 
 
 @dataclass(frozen=True, slots=True)
 class EngineInput:
-    """`positions` is int64 `[3, len(token_ids)]`; `placeholders` has one range for each image, in order."""
+    """`positions` is int64 `[3, len(token_ids)]`, with equal axes for a family without M-RoPE.
+
+    `placeholders` has for each image, in order, the ranges of its rows, in order: several where text parts its tiles.
+    """
 
     token_ids: list[int]
     positions: Tensor
     next_position: int
-    placeholders: list[PlaceholderRange]
+    placeholders: list[list[PlaceholderRange]]
 
     @property
-    def num_image_tokens(self) -> int:
-        return sum(placeholder.length for placeholder in self.placeholders)
+    def num_tokens_of_images(self) -> list[int]:
+        return [sum(placeholder.length for placeholder in ranges) for ranges in self.placeholders]
 
 
 class PromptProcessor:
@@ -36,8 +42,9 @@ class PromptProcessor:
         self, directory: Path, config: Any, geometry: ImageGeometry, mrope_rule: MropeRule, max_model_len: int
     ) -> None:
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
-        if self.tokenizer.chat_template is None:
-            raise ValueError(f"{directory} has no chat template")
+        self.family = family_of(config)
+        self._chat_template = chat_template(directory, self.tokenizer, self.family.chat_template)
+        self._beginning = beginning_of_text(self.tokenizer)
         self._image_token_id: int = config.image_token_id
         self._geometry = geometry
         self._mrope_rule = mrope_rule
@@ -45,30 +52,53 @@ class PromptProcessor:
 
     def __call__(self, messages: Sequence[ChatMessage], grids: Sequence[Grid]) -> EngineInput:
         """`grids` has one entry for each image, in order. Raises InvalidRequestError for a prompt that is too long."""
-        # Control tokens that a user typed stay text.
+        token_ids, placeholders = self._expand(self._tokenize(messages), grids)
+        if len(token_ids) >= self._max_model_len:
+            num_image_tokens = sum(placeholder.length for ranges in placeholders for placeholder in ranges)
+            raise InvalidRequestError(
+                f"the prompt has {len(token_ids)} tokens, {num_image_tokens} of them of images; "
+                f"prompt and answer must fit into {self._max_model_len} (engine.max_model_len)",
+                param="messages",
+                code="context_length_exceeded",
+            )
+        positions, next_position = self._positions(token_ids, placeholders, grids)
+        return EngineInput(token_ids, positions, next_position, placeholders)
+
+    def instruction(self, messages: Sequence[ChatMessage]) -> str:
+        """The text that features depend on; empty for most families."""
+        return "\n".join(message.text for message in messages) if self.family.needs_instruction else ""
+
+    def _tokenize(self, messages: Sequence[ChatMessage]) -> list[int]:
+        """With one placeholder for each image. Control tokens that a user typed stay text."""
         encoded = self.tokenizer.apply_chat_template(
-            [message.for_template() for message in messages],
+            [
+                (space_text_after_images(message) if self.family.spaces_text else message).for_template(
+                    string_content=self.family.string_content
+                )
+                for message in messages
+            ],
+            chat_template=self._chat_template,
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             sanitize_control_tokens=True,
         )
-        token_ids, placeholders = self._expand(encoded["input_ids"], grids)
-        if len(token_ids) >= self._max_model_len:
-            raise InvalidRequestError(
-                f"the prompt has {len(token_ids)} tokens, {sum(p.length for p in placeholders)} of them of images; "
-                f"prompt and answer must fit into {self._max_model_len} (engine.max_model_len)",
-                param="messages",
-                code="context_length_exceeded",
-            )
-        items = [VisionItem(p.offset, grid) for p, grid in zip(placeholders, grids, strict=True)]
-        positions, next_position = mrope_positions(
-            token_ids, items, merge_size=self._geometry.merge_size, rule=self._mrope_rule
-        )
-        return EngineInput(token_ids, positions, next_position, placeholders)
+        token_ids: list[int] = encoded["input_ids"]
+        return token_ids if set(self._beginning) & set(token_ids) else self._beginning + token_ids
 
-    def _expand(self, template_ids: Sequence[int], grids: Sequence[Grid]) -> tuple[list[int], list[PlaceholderRange]]:
-        """Repeats the one placeholder of each image as often as its size implies."""
+    def _positions(
+        self, token_ids: list[int], placeholders: list[list[PlaceholderRange]], grids: Sequence[Grid]
+    ) -> tuple[Tensor, int]:
+        if not self.family.uses_mrope:
+            return torch.arange(len(token_ids)).expand(3, -1), len(token_ids)
+        assert isinstance(self._geometry, PatchGeometry)
+        items = [VisionItem(ranges[0].offset, grid) for ranges, grid in zip(placeholders, grids, strict=True)]
+        return mrope_positions(token_ids, items, merge_size=self._geometry.merge_size, rule=self._mrope_rule)
+
+    def _expand(
+        self, template_ids: Sequence[int], grids: Sequence[Grid]
+    ) -> tuple[list[int], list[list[PlaceholderRange]]]:
+        """Puts the layout that its size implies in the place of each image's one placeholder."""
         num_markers = list(template_ids).count(self._image_token_id)
         if num_markers != len(grids):
             raise InvalidRequestError(
@@ -78,9 +108,45 @@ class PromptProcessor:
         token_ids: list[int] = []
         placeholders = []
         for token_id in template_ids:
-            length = 1
-            if token_id == self._image_token_id:
-                length = num_image_tokens(next(remaining), self._geometry.merge_size)
-                placeholders.append(PlaceholderRange(len(token_ids), length))
-            token_ids += [token_id] * length
+            if token_id != self._image_token_id:
+                token_ids.append(token_id)
+                continue
+            ranges = []
+            for piece in self._geometry.layout(next(remaining)):
+                if isinstance(piece, str):
+                    text_ids = self.tokenizer.encode(piece, add_special_tokens=False)
+                    is_shared = self.family.shares_boundary and token_ids[-1:] == text_ids
+                    token_ids += [] if is_shared else text_ids
+                else:
+                    ranges.append(PlaceholderRange(len(token_ids), piece))
+                    token_ids += [self._image_token_id] * piece
+            placeholders.append(ranges)
         return token_ids, placeholders
+
+
+def chat_template(directory: Path, tokenizer: PreTrainedTokenizerBase, default: str | None) -> str:
+    """The processor's template before the tokenizer's, which may know no images; raises ValueError without any."""
+    path = directory / "chat_template.json"
+    if path.exists():
+        template: str = json.loads(path.read_text())["chat_template"]
+        return template
+    found = tokenizer.chat_template or default
+    if found is None:
+        raise ValueError(f"{directory} has no chat template")
+    assert isinstance(found, str)
+    return found
+
+
+def beginning_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token that the tokenizer itself puts first, if it does; chat templates may leave it out."""
+    is_added = tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
+    return [tokenizer.bos_token_id] if is_added else []
+
+
+def space_text_after_images(message: ChatMessage) -> ChatMessage:
+    """Equal to transformers' Idefics2 processor, which parts a word from the image before it."""
+    content = list(message.content)
+    for index, part in enumerate(content[1:], 1):
+        if isinstance(part, str) and not isinstance(content[index - 1], str) and part[:1] not in ("", "<"):
+            content[index] = part if part[0].isspace() else f" {part}"
+    return ChatMessage(message.role, content)

@@ -16,10 +16,11 @@ from transformers import GenerationConfig
 
 from common import metrics
 from common.cache import EmbeddingCache
-from common.checkpoint import checkpoint_directory, device_capability, load_half, load_preprocessor_config
+from common.checkpoint import checkpoint_directory, device_capability, load_geometry, load_half
 from common.config import CacheConfig, ModelConfig
+from common.embedding import VisionEmbedding
 from common.errors import InvalidRequestError, ModelNotFoundError, UnavailableError
-from common.families import ImageGeometry, MropeRule
+from common.families import MropeRule
 from common.identity import system_fingerprint
 from common.media import MediaParams
 from common.media_store import MediaStore, open_media_store
@@ -32,7 +33,7 @@ from llm_service.engine.engine import LLMEngine, check_sampling_params
 from llm_service.engine.request import FinishReason, MultiModalFeature, Request, RequestOutput, SamplingParams
 from llm_service.engine.structured_output import Grammar, GrammarCompiler, GrammarState, StructuredOutput
 from llm_service.features import EncoderClient, FeatureSource, ImageFeatures, ImageRequest
-from llm_service.media import MediaLibrary
+from llm_service.media import MediaContext, MediaLibrary
 from llm_service.prompt import EngineInput, PromptProcessor
 
 
@@ -139,8 +140,7 @@ class LLMServer:
         torch.set_num_threads(model.num_threads)
         directory = checkpoint_directory(model)
         half = load_half(model, "language")
-        preprocessor_config = load_preprocessor_config(directory)
-        geometry = ImageGeometry.of(half.config, preprocessor_config)
+        geometry = load_geometry(directory, half.config)
         mrope_rule = position_rule(model, half.config)
         self.eos_token_ids = end_tokens(directory, half.config)
         self.model_name = model.served_name or model.path
@@ -180,7 +180,7 @@ class LLMServer:
         self, messages: Sequence[ChatMessage], options: GenerationOptions, request_id: str
     ) -> PreparedRequest:
         """Everything before generation. All limits are checked before any image is sent to be encoded."""
-        images = await self.media.resolve(images_of(messages))
+        images = await self.media.resolve(images_of(messages), self._media_context(messages))
         prompt = self._prompt(messages, [image.grid_thw for image in images])
         sampling_params = self._sampling_params(options, len(prompt.token_ids))
         grammar = await self._grammar(options.structured_output)
@@ -190,8 +190,8 @@ class LLMServer:
             key = await self._answer_key(fingerprint, prompt, images, sampling_params, options.stop)
         if (answer := await self._known_answer(key)) is not None:
             receipts = [
-                ImageReceipt(image.item.mm_hash, placeholder.length, "answer")
-                for image, placeholder in zip(images, prompt.placeholders, strict=True)
+                ImageReceipt(image.item.mm_hash, num_tokens, "answer")
+                for image, num_tokens in zip(images, prompt.num_tokens_of_images, strict=True)
             ]
             request = _engine_request(request_id, prompt, sampling_params, [])  # the engine never sees it
             return PreparedRequest(request, options.stop, receipts, fingerprint, known_answer=answer)
@@ -218,6 +218,10 @@ class LLMServer:
             # an encoder with other weights may have answered
             answer_key=key if used_fingerprint == fingerprint else None,
         )
+
+    def _media_context(self, messages: Sequence[ChatMessage]) -> MediaContext:
+        alone = not self._prompt.family.counts_images or len(images_of(messages)) <= 1
+        return MediaContext(alone, self._prompt.instruction(messages))
 
     async def generate(self, prepared: PreparedRequest) -> AsyncGenerator[RequestOutput, None]:
         """Outputs with text and the index of their choice; the last of each choice has a finish reason. Leaving the
@@ -394,10 +398,22 @@ def end_tokens(directory: Path, config: Any) -> frozenset[int]:
 
 
 def _mm_features(prompt: EngineInput, features: Sequence[ImageFeatures]) -> list[MultiModalFeature]:
-    return [
-        MultiModalFeature(found.key, position, found.embedding)
-        for found, position in zip(features, prompt.placeholders, strict=True)
-    ]
+    """One for each range of placeholders; an image whose tiles are parted by text has several."""
+    parts = []
+    for found, ranges in zip(features, prompt.placeholders, strict=True):
+        start = 0
+        for position in ranges:
+            rows = slice(start, start + position.length)
+            key = found.key if len(ranges) == 1 else f"{found.key}#{start}"
+            parts.append(MultiModalFeature(key, position, _part_of(found.embedding, rows)))
+            start = rows.stop
+    return parts
+
+
+def _part_of(embedding: VisionEmbedding, rows: slice) -> VisionEmbedding:
+    """Views, not copies."""
+    tensors = {name: tensor[rows] for name, tensor in embedding.tensors.items()}
+    return dataclasses.replace(embedding, tensors=tensors)
 
 
 def _engine_request(

@@ -13,9 +13,9 @@ from typing import Any
 from transformers import Qwen2VLConfig
 
 from common.cache import EmbeddingCache
-from common.checkpoint import checkpoint_directory, load_config, load_preprocessor_config
+from common.checkpoint import checkpoint_directory, load_config, load_geometry
 from common.config import CacheConfig, ModelConfig
-from common.families import ImageGeometry
+from common.geometry import ImageGeometry
 from common.media import MediaItem, MediaParams
 from common.redis_store import open_cache
 from deploy.bench import report
@@ -105,7 +105,7 @@ def way(model: ModelConfig, geometry: ImageGeometry, url: str | None) -> Way:
 
 def geometry_of(model: ModelConfig) -> ImageGeometry:
     directory = checkpoint_directory(model)
-    return ImageGeometry.of(load_config(directory), load_preprocessor_config(directory))
+    return load_geometry(directory, load_config(directory))
 
 
 def new_images(geometry: ImageGeometry, seed: int = 0) -> Iterator[ImageRequest]:

@@ -16,7 +16,7 @@ from PIL import Image
 from common.cache import Entry, LocalTier, TieredCache
 from common.config import MIB, ImageLimits
 from common.embedding import VisionEmbedding, pack
-from common.families import ImageGeometry
+from common.geometry import PatchGeometry
 from common.identity import EmbeddingNamespace
 from common.media import MediaItem, MediaParams, image_header
 from deploy.bench import report
@@ -24,7 +24,7 @@ from encoder_service.preprocess import ImagePreprocessor
 from llm_service.features import FeatureSource, ImageRequest
 
 # Qwen2-VL-2B's
-_GEOMETRY = ImageGeometry(patch_size=14, merge_size=2, hidden_size=1536, min_pixels=3136, max_pixels=12845056)
+_GEOMETRY = PatchGeometry(patch_size=14, merge_size=2, hidden_size=1536, min_pixels=3136, max_pixels=12845056)
 _PARAMS = MediaParams(min_pixels=_GEOMETRY.min_pixels, max_pixels=_GEOMETRY.max_pixels)
 _LIMITS = ImageLimits()
 

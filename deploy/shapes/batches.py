@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from common.embedding import Grid
-from common.families import VisionItem, mrope_positions, num_image_tokens
+from common.families import VisionItem, mrope_positions
+from common.geometry import num_image_tokens
 from deploy.shapes.model import MROPE_RULE
 from deploy.shapes.questions import FORM_CATEGORIES, LANGUAGES, LEXICONS, Question, ask
 from deploy.shapes.scenes import (

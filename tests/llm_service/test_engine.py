@@ -449,10 +449,21 @@ def test_an_image_is_served_again_after_its_features_were_not_numbers(model: Any
 
 def test_models_that_would_be_computed_wrong_are_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     text_config = model.loaded.model.model.language_model.config
-    monkeypatch.setattr(text_config, "layer_types", ["full_attention", "sliding_attention"])
-    with pytest.raises(ValueError, match="sliding window"):
+    monkeypatch.setattr(text_config, "layer_types", ["full_attention", "linear_attention"])
+    with pytest.raises(ValueError, match="layers of \\['linear_attention'\\]"):
         model.engine()
     monkeypatch.undo()
     monkeypatch.setitem(text_config.rope_parameters, "rope_type", "dynamic")
     with pytest.raises(ValueError, match="rope type 'dynamic'"):
         model.engine()
+    monkeypatch.undo()
+    monkeypatch.setattr(text_config, "model_type", "gemma2")
+    with pytest.raises(ValueError, match="text model 'gemma2' is not supported"):
+        model.engine()
+
+
+def test_a_sliding_window_is_the_longest_request(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    text_config = model.loaded.model.model.language_model.config
+    monkeypatch.setattr(text_config, "layer_types", ["full_attention", "sliding_attention"])
+    monkeypatch.setattr(text_config, "sliding_window", 40)
+    assert model.engine().max_model_len == 40

@@ -10,12 +10,12 @@ import torch
 from common.cache import TieredCache
 from common.embedding import VisionEmbedding, pack
 from common.errors import InvalidRequestError, PayloadTooLargeError, UnavailableError
-from common.families import ImageGeometry
+from common.geometry import PatchGeometry
 from common.identity import EmbeddingNamespace
 from common.media import MediaItem, MediaParams
 from llm_service.features import FeatureSource, ImageRequest
 
-GEOMETRY = ImageGeometry(patch_size=14, merge_size=2, hidden_size=8, min_pixels=3136, max_pixels=50176)
+GEOMETRY = PatchGeometry(patch_size=14, merge_size=2, hidden_size=8, min_pixels=3136, max_pixels=50176)
 PARAMS = MediaParams(min_pixels=3136, max_pixels=50176)
 GRID = (1, 4, 6)
 NAMESPACE = EmbeddingNamespace(
