@@ -45,7 +45,9 @@ class StockPreprocessor:
         self.limits = limits
         self._processor = load_image_processor(directory)
         self._options = dict(family.processor_options)
-        self._patch_pixels = 3 * config.vision_config.patch_size**2
+        patch_size = config.vision_config.patch_size
+        height, width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+        self._values_per_patch = 3 * height * width
         self._instructions = InstructionTokenizer(directory, config) if family.needs_instruction else None
 
     def __call__(self, data: bytes, params: MediaParams) -> PixelInputs:
@@ -66,7 +68,7 @@ class StockPreprocessor:
             tensors |= {name: tensors[name][:1] for name in ("pixel_values", "image_sizes")}
         if self._instructions is not None:
             tensors |= self._instructions(params.instruction)
-        return PixelInputs(tensors, grid, tensors["pixel_values"].numel() // self._patch_pixels)
+        return PixelInputs(tensors, grid, tensors["pixel_values"].numel() // self._values_per_patch)
 
     def model_inputs(self, images: Sequence[PixelInputs], device: torch.device) -> dict[str, Tensor]:
         (image,) = images

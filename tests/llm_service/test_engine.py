@@ -463,7 +463,6 @@ def test_models_that_would_be_computed_wrong_are_refused(model: Any, monkeypatch
 
 
 def test_a_sliding_window_is_the_longest_request(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    text_config = model.loaded.model.model.language_model.config
-    monkeypatch.setattr(text_config, "layer_types", ["full_attention", "sliding_attention"])
-    monkeypatch.setattr(text_config, "sliding_window", 40)
+    monkeypatch.setattr(model.loaded.model.model.language_model.config, "sliding_window", 40)
+    monkeypatch.setattr(model.loaded.config.text_config, "sliding_window", 40)
     assert model.engine().max_model_len == 40
