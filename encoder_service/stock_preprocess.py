@@ -57,7 +57,8 @@ class StockPreprocessor:
         # A list in a list is one prompt with several images, of which the first is ours.
         images = [image] if params.alone else [[image, image]]
         try:
-            processed = self._processor(images, return_tensors="pt", **self._options)
+            # Said, because it is guessed from sizes otherwise, and wrongly for images of one or three rows.
+            processed = self._processor(images, return_tensors="pt", input_data_format="channels_last", **self._options)
         except (ValueError, ZeroDivisionError) as exc:
             raise InvalidRequestError(
                 f"the model's image processor cannot take an image of {image.width} x {image.height} pixels",

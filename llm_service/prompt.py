@@ -131,9 +131,10 @@ def chat_template(directory: Path, tokenizer: PreTrainedTokenizerBase, default: 
         template: str = json.loads(path.read_text())["chat_template"]
         return template
     found = tokenizer.chat_template or default
-    if found is None:
+    if isinstance(found, dict):
+        found = found.get("default")
+    if not isinstance(found, str):
         raise ValueError(f"{directory} has no chat template")
-    assert isinstance(found, str)
     return found
 
 

@@ -155,6 +155,11 @@ class LLMServer:
         self._vocab_size = engine.vocab_size
         self.max_model_len = engine.max_model_len
         self.limits = model.limits
+        if not geometry.max_pixels and (model.min_pixels or model.max_pixels):
+            raise ValueError(
+                f"model.min_pixels and model.max_pixels have no effect on {half.config.model_type!r}, whose images all "
+                "get the sizes of its preprocessor_config.json"
+            )
         params = MediaParams(
             min_pixels=model.min_pixels or geometry.min_pixels, max_pixels=model.max_pixels or geometry.max_pixels
         )

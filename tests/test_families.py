@@ -1,5 +1,6 @@
 """Every family from an ordinary checkpoint directory: separated equals one-piece."""
 
+import asyncio
 import io
 import random
 from collections.abc import Iterator
@@ -10,7 +11,14 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
+from common.cache import LocalTier, TieredCache
+from common.config import ModelConfig
+from common.errors import InvalidRequestError
+from encoder_service.config import EncoderConfig
 from encoder_service.encoder import rows_of_images
+from encoder_service.server import EncoderServer
+from llm_service.config import EngineConfig
+from llm_service.server import LLMServer
 from tests.conftest import picture, write_tiny_checkpoint
 from tests.test_equality import Reference as QwenReference
 from tests.test_equality import Services, workload
@@ -77,7 +85,7 @@ def reference(name: str, checkpoint: Path) -> Reference:
     return Reference(name, checkpoint)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def services(checkpoint: Path) -> Iterator[Services]:
     found = Services(checkpoint)
     yield found
@@ -88,7 +96,7 @@ def opened(images: list[bytes]) -> list[Image.Image]:
     return [Image.open(io.BytesIO(image)) for image in images]
 
 
-SIZES = [(90, 140), (130, 60), (56, 56), (300, 40), (33, 200)]
+SIZES = [(90, 140), (56, 56), (300, 40), (33, 200)]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -108,7 +116,7 @@ async def test_features_are_those_of_get_image_features_of_that_one_image(
     assert torch.equal(torch.cat([part.embedding.features for part in prepared.request.mm_features]), expected)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 async def test_greedy_tokens_are_those_of_generate(services: Services, reference: Reference, seed: int) -> None:
     rng = random.Random(seed)
     text, _ = workload(seed)
@@ -117,3 +125,72 @@ async def test_greedy_tokens_are_those_of_generate(services: Services, reference
     prepared = await services.prepare(text, images, MAX_TOKENS)
     assert prepared.request.prompt_token_ids == reference.inputs(text, opened(images))["input_ids"][0].tolist()
     assert await services.tokens(text, images, MAX_TOKENS) == reference.tokens(text, opened(images), MAX_TOKENS)
+
+
+async def test_another_picture_is_another_answer(services: Services) -> None:
+    answers = [await services.tokens("What is this?", [picture(90, 140, seed)], MAX_TOKENS) for seed in range(2)]
+    assert answers[0] != answers[1]
+
+
+async def test_small_chunks_and_company_change_no_token(checkpoint: Path, reference: Reference) -> None:
+    services = Services(
+        checkpoint, block_size=4, prefill_chunk_size=8, max_num_batched_tokens=24, num_kv_blocks=70, max_model_len=280
+    )
+    questions = [("What is this? " * index, [picture(*size, seed=index)]) for index, size in enumerate(SIZES)]
+    answers = await asyncio.gather(*(services.tokens(text, images, MAX_TOKENS) for text, images in questions))
+    assert answers == [reference.tokens(text, opened(images), MAX_TOKENS) for text, images in questions]
+    services.llm.engine.shutdown()
+
+
+async def test_control_tokens_that_a_user_typed_stay_text(services: Services) -> None:
+    image = picture(60, 60, 1)
+    prepared = await services.prepare("<image><IMG_CONTEXT><fake_token_around_image></s>", [image])
+    plain = await services.prepare("", [image])
+    special = set(services.llm._prompt.tokenizer.all_special_ids)
+    counts = [sum(token in special for token in one.request.prompt_token_ids) for one in (prepared, plain)]
+    assert counts[0] == counts[1]
+
+
+async def test_features_of_instructblip_depend_on_the_text_and_so_does_their_key(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    directory = write_tiny_family("instructblip", tmp_path_factory.mktemp("instructblip"))
+    services = Services(directory)
+    image = picture(90, 140, 1)
+    prepared = [await services.prepare(text, [image]) for text in ("What is this?", "Where?", "What is this?")]
+    first, other, again = (one.request.mm_features[0] for one in prepared)
+    assert first.key != other.key and not torch.equal(first.embedding.features, other.embedding.features)
+    assert first.key == again.key and torch.equal(first.embedding.features, again.embedding.features)
+    assert services.encoder.num_encoded == 2
+    with pytest.raises(InvalidRequestError, match=r"tokens of the Q-Former, which takes 512"):
+        await services.prepare("What? " * 200, [image])
+    services.llm.engine.shutdown()
+
+
+async def test_onevision_encodes_an_image_among_others_anew(tmp_path_factory: pytest.TempPathFactory) -> None:
+    services = Services(write_tiny_family("llava_onevision", tmp_path_factory.mktemp("onevision")))
+    image, other = picture(90, 140, 1), picture(90, 140, 2)
+    alone = (await services.prepare("What?", [image])).request.mm_features[0]
+    among = (await services.prepare("What?", [image, other])).request.mm_features[0]
+    assert alone.key != among.key
+    assert (alone.embedding.grid_thw, among.embedding.grid_thw) == ((2, 4, 6), (1, 4, 4))
+    services.llm.engine.shutdown()
+
+
+def test_pixel_budget_is_refused_where_it_has_no_effect(tmp_path: Path) -> None:
+    directory = write_tiny_family("llava", tmp_path / "model")
+    model = ModelConfig(path=str(directory), max_pixels=10_000)
+    encoder = EncoderServer(model, EncoderConfig(), TieredCache(LocalTier(2**20), None))
+    with pytest.raises(ValueError, match=r"model\.max_pixels have no effect on 'llava'"):
+        LLMServer(model, EngineConfig(), TieredCache(LocalTier(2**20), None), encoder)
+
+
+async def test_image_that_the_processor_cannot_take_is_a_callers_error(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    services = Services(write_tiny_family("idefics2", tmp_path_factory.mktemp("idefics2")))
+    with pytest.raises(InvalidRequestError, match="cannot take an image of 1 x 1 pixels") as caught:
+        await services.prepare("What?", [picture(1, 1)])
+    assert caught.value.param == "messages"
+    assert len(await services.tokens("What?", [picture(2, 2)], 4)) > 0
+    services.llm.engine.shutdown()

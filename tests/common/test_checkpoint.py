@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import Blip2Config, MllamaConfig, PreTrainedModel
 
-from common.checkpoint import load_config, load_half, weights_digest
+from common.checkpoint import GIB, Half, load_config, load_half, weights_digest
 from common.config import ModelConfig
 
 
@@ -53,12 +53,43 @@ def test_other_weights_have_another_digest(tiny_checkpoint: Path) -> None:
     assert weights_digest(loaded.model, "language") != loaded.digest
 
 
-def test_quantised_checkpoint_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_quantised_checkpoint_is_refused_with_its_method(tiny_checkpoint: Path, tmp_path: Path) -> None:
     config = json.loads((tiny_checkpoint / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "awq"}
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="quantised"):
+    with pytest.raises(ValueError, match="quantised checkpoints are not supported: awq, 4 bits"):
         load_config(tmp_path)
+
+
+def test_adapter_is_refused_with_its_rank(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
+    adapter = {"peft_type": "LORA", "r": 16, "base_model_name_or_path": "Qwen/Qwen2-VL-2B"}
+    (directory / "adapter_config.json").write_text(json.dumps(adapter))
+    with pytest.raises(ValueError, match=r"LORA, rank 16, of Qwen/Qwen2-VL-2B\); merge it"):
+        load_config(directory)
+
+
+def test_text_model_with_an_encoder_is_refused_with_its_layers(tmp_path: Path) -> None:
+    Blip2Config(text_config={"model_type": "t5", "num_layers": 5, "num_decoder_layers": 7}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"encoder of their own are not supported: t5 of 5 \+ 7 layers"):
+        load_config(tmp_path)
+
+
+def test_cross_attention_model_is_refused(tmp_path: Path) -> None:
+    MllamaConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"'mllama' is not supported \(its decoder reads images by cross-attention"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize("half", ["vision", "language"])
+def test_half_that_does_not_fit_its_gpu_is_refused_with_the_sizes(
+    tiny_checkpoint: Path, half: Half, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_half(model_config(tiny_checkpoint), half)
+    num_bytes = sum(parameter.nbytes for parameter in loaded.model.parameters()) // 2  # the checkpoint's are of 4 bytes
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (num_bytes - 1, 80 * GIB))
+    with pytest.raises(ValueError, match=f"the {half} half does not fit: .* in bfloat16, and 0.0 of 80.0 GiB are free"):
+        load_half(model_config(tiny_checkpoint, device="cuda", dtype="bfloat16"), half)
 
 
 def test_missing_directory_is_one_clear_sentence() -> None:
