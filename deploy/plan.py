@@ -20,7 +20,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from common.checkpoint import load_config, load_preprocessor_config
 from common.config import ModelConfig
-from common.families import ImageGeometry, num_image_tokens
+from common.families import family_of
+from common.geometry import ImageGeometry
 from deploy.app import resolve_model
 from deploy.service import ServiceError
 
@@ -98,8 +99,8 @@ class Plan:
 def run(model: str, load: Load, hardware: Hardware, *, max_pixels: int | None, as_json: bool) -> None:
     """Prints the plan. Raises ServiceError for a model that cannot be read or does not fit."""
     config, preprocessor = read(model)
+    geometry = geometry_of(config, preprocessor)
     shape = shape_of(config)
-    geometry = ImageGeometry.of(config, preprocessor)
     found = plan(shape, image_patches(geometry, load, max_pixels), load, hardware)
     if as_json:
         print(json.dumps(dataclasses.asdict(found)))
@@ -122,6 +123,14 @@ def read(model: str) -> tuple[Any, dict[str, Any]]:
         return load_config(directory), load_preprocessor_config(directory)
     except (ValueError, OSError) as exc:
         raise ServiceError(f"{model}: {exc}") from exc
+
+
+def geometry_of(config: Any, preprocessor: dict[str, Any]) -> ImageGeometry:
+    """Raises ServiceError for a family whose vision tower the arithmetic below does not know."""
+    family = family_of(config)
+    if not family.own_pixels:
+        raise ServiceError(f"`fovea plan` knows Qwen's families only, not {family.model_type!r}")
+    return family.geometry(config, preprocessor)
 
 
 def shape_of(config: Any) -> Shape:
@@ -160,7 +169,7 @@ def image_patches(geometry: ImageGeometry, load: Load, max_pixels: int | None) -
     grid = geometry.grid(
         load.height, load.width, min_pixels=geometry.min_pixels, max_pixels=max_pixels or geometry.max_pixels
     )
-    return grid[1] * grid[2], num_image_tokens(grid, geometry.merge_size)
+    return grid[1] * grid[2], geometry.num_tokens(grid)
 
 
 def plan(shape: Shape, patches_and_tokens: tuple[int, int], load: Load, hardware: Hardware) -> Plan:

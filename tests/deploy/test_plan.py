@@ -9,7 +9,6 @@ import pytest
 from transformers import Qwen2_5_VLConfig, Qwen2VLConfig
 from typer.testing import CliRunner
 
-from common.families import ImageGeometry
 from deploy import plan as planning
 from deploy.cli import app
 from deploy.plan import Hardware, Load
@@ -46,7 +45,7 @@ SHAPES = {"2B": planning.shape_of(QWEN2_VL_2B), "7B": planning.shape_of(QWEN2_5_
 
 
 def patches(config: Any, load: Load) -> tuple[int, int]:
-    return planning.image_patches(ImageGeometry.of(config, {}), load, None)
+    return planning.image_patches(planning.geometry_of(config, {}), load, None)
 
 
 @pytest.mark.parametrize(
