@@ -2,7 +2,6 @@
 
 import asyncio
 import dataclasses
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -279,8 +278,8 @@ class MediaLibrary:
             self._answers.discard_image(mm_hash)
         # The shared tier may have what this replica does not.
         namespace = await self._features.namespace()
-        for params, alone in itertools.product((self.params, self._params["low"]), (True, False)):
-            self._cache.discard(namespace.key(mm_hash, str(dataclasses.replace(params, alone=alone))))
+        for params in (self.params, self._params["low"]):
+            self._cache.discard(namespace.key(mm_hash, str(params)))
 
     def _pin_later(self, key: str) -> None:
         if key not in self._pinning:

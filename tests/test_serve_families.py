@@ -1,7 +1,6 @@
-"""Families other than Qwen over real Ray Serve, one after the other: answers are those of the one-piece model."""
+"""Families other than Qwen over real Ray Serve, each deployed over the last: answers are the one-piece model's."""
 
 import io
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,13 +27,7 @@ PORT = service.free_port()  # Serve keeps its proxy's port from one application 
 def dashboard() -> Iterator[str]:
     with service.ray_cluster(print) as found:
         yield found
-
-
-def wait_until_removed(dashboard: str, timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while service.APPLICATION in service.connect(dashboard).get_serve_details()["applications"]:
-        assert time.monotonic() < deadline, "the application is still there"
-        time.sleep(0.1)
+        service.remove(service.connect(found))
 
 
 @pytest.mark.parametrize("name", ["llava", "llava_onevision", "internvl", "idefics3", "instructblip"])
@@ -51,16 +44,12 @@ def test_answers_over_serve_are_those_of_the_one_piece_model(name: str, dashboar
     manager = service.connect(dashboard)
     config = service.application_config(model=str(checkpoint), port=PORT)
     manager.deploy_applications(config)
-    try:
-        service.wait_until_ready(manager, service.url_of(config), print)
-        client = Client(service.url_of(config))
-        answers = [
-            client.ask(images, question, max_tokens=MAX_TOKENS, temperature=0)
-            for question in ("What is this?", "Where?")
-        ]
-    finally:
-        service.remove(manager)
-        wait_until_removed(dashboard)
+    service.wait_until_ready(manager, service.url_of(config), print)
+    client = Client(service.url_of(config))
+    assert client.model() == str(checkpoint)
+    answers = [
+        client.ask(images, question, max_tokens=MAX_TOKENS, temperature=0) for question in ("What is this?", "Where?")
+    ]
     assert [(answer.text, answer.num_tokens) for answer in answers] == expected
     assert [image["source"] for image in answers[0].images] == ["encoder"] * len(images)
     again = "encoder" if reference.family.model_type == "instructblip" else "local"  # its features know the question

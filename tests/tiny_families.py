@@ -187,7 +187,8 @@ TINY_FAMILIES: dict[str, TinyFamily] = {
 }  # fmt: skip
 
 
-def write_tiny_family(name: str, directory: Path) -> Path:
+def write_tiny_family(name: str, directory: Path, *, hidden: int = HIDDEN) -> Path:
+    """`hidden` is the width of the text model."""
     family = TINY_FAMILIES[name]
     tokenizer = train_tokenizer(family.adds_bos)
     write_tokenizer(tokenizer, directory, family)
@@ -197,10 +198,13 @@ def write_tiny_family(name: str, directory: Path) -> Path:
     ids = {text: tokenizer.token_to_id(text) for text in SPECIALS}
     ends = [ids["</s>"], ids["<|im_end|>"], ids["<end_of_utterance>"]]
     text = {
-        "hidden_size": HIDDEN, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 4096, "initializer_range": 0.3,
+        "hidden_size": hidden, "intermediate_size": hidden * 3 // 2, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 4096, "initializer_range": 2.4 / hidden**0.5,
     }  # fmt: skip
-    text = family.text if family.text["model_type"] == "opt" else {**text, **family.text}
+    if family.text is OPT:
+        text = {**OPT, "hidden_size": hidden, "word_embed_proj_dim": hidden, "ffn_dim": hidden * 3 // 2}
+    else:
+        text |= family.text
     text |= {"vocab_size": tokenizer.get_vocab_size() + 13, "bos_token_id": ids["<s>"], "pad_token_id": ids["<pad>"]}
     name_of_id = "image_token_index" if family.model_type in ("llava_next", "llava") else "image_token_id"
     config = AutoConfig.for_model(
