@@ -87,9 +87,15 @@ def load_config(directory: Path) -> Any:
 
 
 def load_preprocessor_config(directory: Path) -> dict[str, Any]:
-    """What the checkpoint says of its image processor; empty means that processor's defaults."""
-    path = directory / "preprocessor_config.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    """What the checkpoint says of its image processor; empty means that processor's defaults.
+
+    transformers 5 saves it inside of another file, which comes first, as there.
+    """
+    whole, own = directory / "processor_config.json", directory / "preprocessor_config.json"
+    if whole.exists() and "image_processor" in (fields := json.loads(whole.read_text())):
+        found: dict[str, Any] = fields["image_processor"]
+        return found
+    return json.loads(own.read_text()) if own.exists() else {}
 
 
 def load_image_processor(directory: Path) -> Any:

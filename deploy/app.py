@@ -1,8 +1,11 @@
 """Binds the deployments into one application; the only place that knows all packages."""
 
+from pathlib import Path
+
 from pydantic import Field
 from ray import serve
 
+from common.checkpoint import load_config
 from common.config import CacheConfig, Config, ModelConfig
 from deploy.private_redis import with_private_servers
 from deploy.shapes import CHECKPOINT
@@ -27,6 +30,8 @@ class AppConfig(Config):
 def build_app(config: AppConfig) -> serve.Application:
     """The application that `serve run`, `serve deploy` and `fovea up` deploy."""
     model = resolve_model(config.model)
+    if (directory := Path(model.path).expanduser()).is_dir():
+        load_config(directory)  # refuses at once what every replica would
     cache = with_private_servers(config.cache)
     encoder = EncoderDeployment.bind(model, config.encoder, cache)  # type: ignore[attr-defined]  # by Serve's decorator
     application: serve.Application = LLMDeployment.bind(model, config.engine, cache, encoder)  # type: ignore[attr-defined]

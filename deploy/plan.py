@@ -32,7 +32,7 @@ ACTIVATION_BYTES = 2 * 1024**3
 DECODE_BATCH = 64  # sequences of one step, if as many fit
 BYTES = 2  # bf16 of weights, KV and embeddings
 
-_CONFIGS = ["config.json", "preprocessor_config.json"]
+_CONFIGS = ["config.json", "preprocessor_config.json", "processor_config.json"]
 _UNITS = {"": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4}
 _UNITS |= {"KIB": 1024, "MIB": 1024**2, "GIB": 1024**3, "TIB": 1024**4}
 

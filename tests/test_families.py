@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, MllamaConfig
 
 from common.cache import LocalTier, TieredCache
 from common.config import ModelConfig
 from common.errors import InvalidRequestError
+from deploy.app import AppConfig, build_app
 from encoder_service.config import EncoderConfig
 from encoder_service.encoder import rows_of_images
 from encoder_service.server import EncoderServer
@@ -142,6 +143,18 @@ async def test_small_chunks_and_company_change_no_token(checkpoint: Path, refere
     services.llm.engine.shutdown()
 
 
+async def test_files_as_transformers_saves_them_now_are_the_same_checkpoint(
+    checkpoint: Path, reference: Reference, tmp_path: Path
+) -> None:
+    reference.model.save_pretrained(tmp_path)
+    reference.processor.save_pretrained(tmp_path)
+    assert not (tmp_path / "preprocessor_config.json").exists()
+    services = Services(tmp_path)
+    text, image = "What is this?", picture(90, 140, seed=3)
+    assert await services.tokens(text, [image], 8) == reference.tokens(text, opened([image]), 8)
+    services.llm.engine.shutdown()
+
+
 async def test_control_tokens_that_a_user_typed_stay_text(services: Services) -> None:
     image = picture(60, 60, 1)
     prepared = await services.prepare("<image><IMG_CONTEXT><fake_token_around_image></s>", [image])
@@ -194,3 +207,9 @@ async def test_image_that_the_processor_cannot_take_is_a_callers_error(
     assert caught.value.param == "messages"
     assert len(await services.tokens("What?", [picture(2, 2)], 4)) > 0
     services.llm.engine.shutdown()
+
+
+def test_application_of_another_model_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    MllamaConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'mllama' is not supported"):
+        build_app(AppConfig(model=ModelConfig(path=str(tmp_path))))

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Blip2Config, MllamaConfig, PreTrainedModel
 
-from common.checkpoint import GIB, Half, load_config, load_half, weights_digest
+from common.checkpoint import GIB, Half, load_config, load_half, load_preprocessor_config, weights_digest
 from common.config import ModelConfig
 
 
@@ -90,6 +90,15 @@ def test_half_that_does_not_fit_its_gpu_is_refused_with_the_sizes(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (num_bytes - 1, 80 * GIB))
     with pytest.raises(ValueError, match=f"the {half} half does not fit: .* in bfloat16, and 0.0 of 80.0 GiB are free"):
         load_half(model_config(tiny_checkpoint, device="cuda", dtype="bfloat16"), half)
+
+
+def test_image_processor_is_read_where_transformers_5_saves_it(tmp_path: Path) -> None:
+    assert load_preprocessor_config(tmp_path) == {}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"max_pixels": 1}))
+    (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "Qwen2VLProcessor"}))
+    assert load_preprocessor_config(tmp_path) == {"max_pixels": 1}
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": {"max_pixels": 2}}))
+    assert load_preprocessor_config(tmp_path) == {"max_pixels": 2}
 
 
 def test_missing_directory_is_one_clear_sentence() -> None:
