@@ -22,7 +22,8 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer
+from torch import Tensor
+from transformers import AutoProcessor, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -32,10 +33,12 @@ from common.checkpoint import (
     choose_device,
     choose_dtype,
     load_config,
+    load_image_processor,
     load_preprocessor_config,
     weights_digest,
 )
 from common.config import ModelConfig
+from common.families import family_of
 from common.identity import system_fingerprint
 from common.media import FORMATS
 from deploy import service
@@ -206,33 +209,62 @@ class OnePieceModel:
         model_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(self._hf_config)]
         self._model = model_class.from_pretrained(directory, dtype=self._dtype).eval().to(self._device)
         self._tokenizer = AutoTokenizer.from_pretrained(directory)
-        self._processor = Qwen2VLImageProcessorPil(**load_preprocessor_config(directory))
+        self._makes_pixels = family_of(self._hf_config).own_pixels
+        self._processor: Any = (
+            Qwen2VLImageProcessorPil(**load_preprocessor_config(directory))
+            if self._makes_pixels
+            else whole_processor(directory)
+        )
 
     @torch.inference_mode()
     def answer(self, image: bytes, prompt: str, max_tokens: int) -> tuple[str, int]:
         """The greedy text and its number of tokens, the end token included."""
         upright = ImageOps.exif_transpose(Image.open(io.BytesIO(image)))
-        inputs = self._processor([upright], return_tensors="pt")
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        ids = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, return_dict=True
-        )["input_ids"]
-        image_id = self._hf_config.image_token_id
-        num_tokens = int(inputs.image_grid_thw.prod()) // self._hf_config.vision_config.spatial_merge_size**2
-        at = ids.index(image_id)
-        input_ids = torch.tensor([ids[:at] + [image_id] * num_tokens + ids[at + 1 :]], device=self._device)
+        inputs = self._qwen_inputs(upright, prompt) if self._makes_pixels else self._inputs(upright, prompt)
+        on_device = {
+            name: tensor.to(self._device, self._dtype if tensor.is_floating_point() else None)
+            for name, tensor in inputs.items()
+        }
+        ends = self._model.generation_config.eos_token_id
         generated = self._model.generate(
-            input_ids=input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            mm_token_type_ids=(input_ids == image_id).int(),
-            pixel_values=inputs.pixel_values.to(self._device, self._dtype),
-            image_grid_thw=inputs.image_grid_thw.to(self._device),
+            **on_device,
             do_sample=False,
             max_new_tokens=max_tokens,
-        )[0, input_ids.shape[1] :]
+            **({} if ends is None else {"eos_token_id": ends}),  # BLIP-2's text model would not look there
+        )[0].tolist()
+        ids = inputs["input_ids"][0].tolist()
+        tokens = generated[len(ids) :] if generated[: len(ids)] == ids else generated
         # An answer cut inside a character ends in U+FFFD; the service leaves such a character out.
-        text = self._tokenizer.decode(generated, skip_special_tokens=True).rstrip("\ufffd")
-        return text, len(generated)
+        text = self._tokenizer.decode(tokens, skip_special_tokens=True).rstrip("\ufffd")
+        return text, len(tokens)
+
+    def _qwen_inputs(self, image: Image.Image, prompt: str) -> dict[str, Tensor]:
+        """Without Qwen's whole processor, which needs torchvision."""
+        pixels = self._processor([image], return_tensors="pt")
+        ids = self._tokenizer.apply_chat_template([_question(prompt)], add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
+        image_id = self._hf_config.image_token_id
+        num_tokens = int(pixels.image_grid_thw.prod()) // self._hf_config.vision_config.spatial_merge_size**2
+        at = ids.index(image_id)
+        input_ids = torch.tensor([ids[:at] + [image_id] * num_tokens + ids[at + 1 :]])
+        return {
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),
+            "mm_token_type_ids": (input_ids == image_id).int(),
+            **pixels,
+        }
+
+    def _inputs(self, image: Image.Image, prompt: str) -> dict[str, Tensor]:
+        text = prompt
+        if self._processor.chat_template is not None:
+            text = self._processor.apply_chat_template([_question(prompt)], add_generation_prompt=True)
+        # A text begins with this token once, be it written by the template or by the tokenizer.
+        beginning = self._tokenizer.bos_token
+        is_written = beginning is not None and text.startswith(beginning)
+        return dict(
+            self._processor(images=[[image]], text=[text], return_tensors="pt", add_special_tokens=not is_written)
+        )
 
     def fingerprint(self) -> str:
         """The fingerprint a service over these very weights and this software must have, with the default engine."""
@@ -246,6 +278,18 @@ class OnePieceModel:
             decoder=decoder_description(self._config, self._device, EngineConfig()),
             versions=library_versions(),
         )
+
+
+def whole_processor(directory: Path) -> Any:
+    """transformers' own, with the image processor for PIL whatever else is installed. Raises ServiceError."""
+    try:
+        processor = AutoProcessor.from_pretrained(directory)
+    except ImportError as exc:
+        raise service.ServiceError(
+            f"transformers' processor of this model, the reference, cannot be had: {exc}"
+        ) from exc
+    processor.image_processor = load_image_processor(directory)
+    return processor
 
 
 def reference_pictures() -> dict[str, bytes]:
@@ -267,6 +311,10 @@ def read_pictures(directory: Path) -> dict[str, bytes]:
         with contextlib.suppress(OSError), Image.open(path, formats=FORMATS):
             pictures[path.name] = path.read_bytes()
     return pictures
+
+
+def _question(prompt: str) -> dict[str, Any]:
+    return {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
 
 
 def _png(image: Image.Image) -> bytes:

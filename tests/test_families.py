@@ -15,6 +15,7 @@ from common.cache import LocalTier, TieredCache
 from common.config import ModelConfig
 from common.errors import InvalidRequestError
 from deploy.app import AppConfig, build_app
+from deploy.verify import OnePieceModel
 from encoder_service.config import EncoderConfig
 from encoder_service.encoder import rows_of_images
 from encoder_service.server import EncoderServer
@@ -153,6 +154,20 @@ async def test_files_as_transformers_saves_them_now_are_the_same_checkpoint(
     text, image = "What is this?", picture(90, 140, seed=3)
     assert await services.tokens(text, [image], 8) == reference.tokens(text, opened([image]), 8)
     services.llm.engine.shutdown()
+
+
+@pytest.mark.parametrize("family", ["llava", "idefics2", "idefics3", "blip-2", "instructblip"])
+async def test_verify_compares_with_the_one_piece_model_of_any_family(family: str, tmp_path: Path) -> None:
+    reference = Reference(family, write_tiny_family(family, tmp_path))
+    reference.processor.save_pretrained(tmp_path)
+    one_piece = OnePieceModel(ModelConfig(path=str(tmp_path)))
+    services = Services(tmp_path)
+    tokens = await services.tokens("What is this?", [picture(90, 140)], 8)
+    expected = services.llm._prompt.tokenizer.decode(tokens, skip_special_tokens=True).rstrip("\ufffd"), len(tokens)
+    assert one_piece.answer(picture(90, 140), "What is this?", 8) == expected
+    fingerprint = await services.llm.fingerprint()
+    services.llm.engine.shutdown()
+    assert one_piece.fingerprint() == fingerprint
 
 
 async def test_control_tokens_that_a_user_typed_stay_text(services: Services) -> None:
