@@ -58,9 +58,9 @@ class Family:
     `geometry` is made from the transformers configuration and what says how images are processed: the fields of
     `preprocessor_config.json` for a family whose pixels we make (`own_pixels`), else transformers' image processor,
     which is called with `processor_options`. `chat_template` is for checkpoints without one; `string_content` says that
-    templates take text as a string. With `needs_instruction` features depend on the text of the prompt. Of two images
-    with nothing between them `shares_boundary` lets the second begin with the token that the first ends with, and
-    `spaces_text` parts the text after an image from it.
+    templates take text as a string. With `counts_images` features depend on whether an image is alone in its prompt,
+    with `needs_instruction` on the text of the prompt. Of two images with nothing between them `shares_boundary` lets
+    the second begin with the token that the first ends with, and `spaces_text` parts the text after an image from it.
     """
 
     model_type: str

@@ -32,13 +32,21 @@ class ImageGeometry(ABC):
     max_pixels: int = 0
     num_deepstack: int = 0
 
-    @abstractmethod
     def grid(self, height: int, width: int, *, min_pixels: int, max_pixels: int, alone: bool = True) -> Grid:
         """The grid of an image of this displayed size, in patches or tiles, as the family counts.
 
         `alone` says whether it is the only image of its prompt. Raises InvalidRequestError for a size that the family
         cannot take.
         """
+        try:
+            # Some processors enlarge the shorter side first: a line of a few pixels would fill the memory.
+            check_aspect_ratio(height, width)
+            return self._grid(height, width, min_pixels, max_pixels, alone)
+        except ValueError as exc:
+            raise InvalidRequestError(str(exc), code="invalid_image") from exc
+
+    @abstractmethod
+    def _grid(self, height: int, width: int, min_pixels: int, max_pixels: int, alone: bool) -> Grid: ...
 
     @abstractmethod
     def layout(self, grid_thw: Grid) -> Layout:
@@ -61,12 +69,9 @@ class PatchGeometry(ImageGeometry):
     patch_size: int
     merge_size: int
 
-    def grid(self, height: int, width: int, *, min_pixels: int, max_pixels: int, alone: bool = True) -> Grid:
+    def _grid(self, height: int, width: int, min_pixels: int, max_pixels: int, alone: bool) -> Grid:
         units = {"patch_size": self.patch_size, "merge_size": self.merge_size}
-        try:
-            return smart_resize_grid(height, width, **units, min_pixels=min_pixels, max_pixels=max_pixels)
-        except ValueError as exc:
-            raise InvalidRequestError(str(exc), code="invalid_image") from exc
+        return smart_resize_grid(height, width, **units, min_pixels=min_pixels, max_pixels=max_pixels)
 
     def layout(self, grid_thw: Grid) -> Layout:
         return (num_image_tokens(grid_thw, self.merge_size),)
@@ -79,7 +84,7 @@ class FixedGeometry(ImageGeometry):
     fixed_grid: Grid
     fixed_layout: Layout
 
-    def grid(self, height: int, width: int, *, min_pixels: int, max_pixels: int, alone: bool = True) -> Grid:
+    def _grid(self, height: int, width: int, min_pixels: int, max_pixels: int, alone: bool) -> Grid:
         return self.fixed_grid
 
     def layout(self, grid_thw: Grid) -> Layout:
@@ -96,7 +101,7 @@ class TiledGeometry(ImageGeometry):
     cut: Callable[[int, int], tuple[int, int]]
     write: Callable[[Grid], Layout]
 
-    def grid(self, height: int, width: int, *, min_pixels: int, max_pixels: int, alone: bool = True) -> Grid:
+    def _grid(self, height: int, width: int, min_pixels: int, max_pixels: int, alone: bool) -> Grid:
         rows, columns = self.cut(height, width)
         num_tiles = rows * columns
         return num_tiles + (num_tiles > 1), rows, columns
@@ -124,7 +129,7 @@ class AnyresGeometry(ImageGeometry):
         """Patches along each side of a tile."""
         return self.tile_size // self.patch_size
 
-    def grid(self, height: int, width: int, *, min_pixels: int, max_pixels: int, alone: bool = True) -> Grid:
+    def _grid(self, height: int, width: int, min_pixels: int, max_pixels: int, alone: bool) -> Grid:
         if not (alone or self.max_tiles is None):
             return 1, self.side, self.side
         best: tuple[int, int] | None = select_best_resolution((height, width), self.resolutions)
@@ -137,14 +142,18 @@ class AnyresGeometry(ImageGeometry):
             if ratio > 1.1:
                 rows, columns = int(rows // ratio), int(columns // ratio)
         if not (rows and columns):
-            raise InvalidRequestError(
-                f"an image of {width} x {height} pixels is too narrow for this model", code="invalid_image"
-            )
+            raise ValueError(f"an image of {width} x {height} pixels is too narrow for this model")
         return 2, rows, columns
 
     def layout(self, grid_thw: Grid) -> Layout:
         views, rows, columns = grid_thw
         return (self.side**2 + 1,) if views == 1 else (self.side**2 + rows * (columns + 1),)
+
+
+def check_aspect_ratio(height: int, width: int) -> None:
+    """Raises ValueError for an image of more than 200 times one side."""
+    if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
+        raise ValueError(f"the aspect ratio of {width} x {height} pixels is above {MAX_ASPECT_RATIO}")
 
 
 def smart_resize_grid(
@@ -157,8 +166,7 @@ def smart_resize_grid(
     for an aspect ratio above 200.
     """
     unit = patch_size * merge_size
-    if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
-        raise ValueError(f"the aspect ratio of {width} x {height} pixels is above {MAX_ASPECT_RATIO}")
+    check_aspect_ratio(height, width)
     rows, columns = round(height / unit), round(width / unit)
     if rows * columns * unit**2 > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
