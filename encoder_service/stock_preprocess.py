@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from common.checkpoint import load_image_processor
 from common.config import ImageLimits
@@ -69,7 +69,7 @@ class StockPreprocessor:
             tensors |= {name: tensors[name][:1] for name in ("pixel_values", "image_sizes")}
         if self._instructions is not None:
             tensors |= self._instructions(params.instruction)
-        return PixelInputs(tensors, grid, tensors["pixel_values"].numel() // self._values_per_patch)
+        return PixelInputs(tensors, grid, -(-tensors["pixel_values"].numel() // self._values_per_patch))
 
     def model_inputs(self, images: Sequence[PixelInputs], device: torch.device) -> dict[str, Tensor]:
         (image,) = images
@@ -86,20 +86,20 @@ class InstructionTokenizer:
     """The Q-Former's own tokenizer, for families whose features depend on the text of the prompt."""
 
     def __init__(self, directory: Path, config: Any) -> None:
-        self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory / "qformer_tokenizer")
+        # The tokenizer inside, because transformers' own changes settings with every call, and threads share it.
+        self._tokenizer = AutoTokenizer.from_pretrained(directory / "qformer_tokenizer").backend_tokenizer
         self._max_tokens: int = config.qformer_config.max_position_embeddings
 
     def __call__(self, instruction: str) -> dict[str, Tensor]:
-        encoded = self._tokenizer(instruction, return_tensors="pt")
-        num_tokens = encoded["input_ids"].shape[1]
+        token_ids = torch.tensor([self._tokenizer.encode(instruction).ids])
+        num_tokens = token_ids.shape[1]
         if num_tokens > self._max_tokens:
             raise InvalidRequestError(
                 f"the text of the prompt has {num_tokens} tokens of the Q-Former, which takes {self._max_tokens}",
                 param="messages",
             )
-        return {f"qformer_{name}": encoded[name] for name in ("input_ids", "attention_mask")}
+        return {"qformer_input_ids": token_ids, "qformer_attention_mask": torch.ones_like(token_ids)}
 
     def fingerprint(self) -> str:
-        tokenizer: Any = self._tokenizer
-        text: str = tokenizer.backend_tokenizer.to_str()
+        text: str = self._tokenizer.to_str()
         return text
