@@ -8,7 +8,7 @@ import io
 import random
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -34,8 +34,8 @@ MAX_TOKENS = 24
 class Services:
     """The two halves without Ray: the LLM service has nothing of the encoder but two methods."""
 
-    def __init__(self, checkpoint: Path, **engine: int) -> None:
-        model = ModelConfig(path=str(checkpoint), served_name="tiny")
+    def __init__(self, checkpoint: Path, numerics: Literal["exact", "fast"] = "exact", **engine: int) -> None:
+        model = ModelConfig(path=str(checkpoint), served_name="tiny", numerics=numerics)
         self.encoder = EncoderServer(model, EncoderConfig(), TieredCache(LocalTier(2**26), None))
         self.cache = TieredCache(LocalTier(2**26), None)
         self.llm = LLMServer(model, EngineConfig(**engine), self.cache, self.encoder)

@@ -5,6 +5,7 @@ import io
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -134,10 +135,12 @@ async def test_another_picture_is_another_answer(services: Services) -> None:
     assert answers[0] != answers[1]
 
 
-async def test_small_chunks_and_company_change_no_token(checkpoint: Path, reference: Reference) -> None:
-    services = Services(
-        checkpoint, block_size=4, prefill_chunk_size=8, max_num_batched_tokens=24, num_kv_blocks=70, max_model_len=280
-    )
+@pytest.mark.parametrize("numerics", ["exact", "fast"])
+async def test_small_chunks_and_company_change_no_token(
+    checkpoint: Path, reference: Reference, numerics: Literal["exact", "fast"]
+) -> None:
+    blocks = {"block_size": 4, "num_kv_blocks": 70, "max_model_len": 280}
+    services = Services(checkpoint, numerics, **blocks, prefill_chunk_size=8, max_num_batched_tokens=24)
     questions = [("What is this? " * index, [picture(*size, seed=index)]) for index, size in enumerate(SIZES)]
     answers = await asyncio.gather(*(services.tokens(text, images, MAX_TOKENS) for text, images in questions))
     assert answers == [reference.tokens(text, opened(images), MAX_TOKENS) for text, images in questions]
