@@ -45,7 +45,7 @@ class PromptProcessor:
         self.family = family_of(config)
         self._chat_template = chat_template(directory, self.tokenizer, self.family.chat_template)
         self._beginning = beginning_of_text(self.tokenizer)
-        self._image_token_id: int = config.image_token_id
+        self._image_token_id = image_token_of(config)
         self._geometry = geometry
         self._mrope_rule = mrope_rule
         self._max_model_len = max_model_len
@@ -136,6 +136,14 @@ def chat_template(directory: Path, tokenizer: PreTrainedTokenizerBase, default: 
     if not isinstance(found, str):
         raise ValueError(f"{directory} has no chat template")
     return found
+
+
+def image_token_of(config: Any) -> int:
+    """Raises ValueError for a configuration from before placeholders were tokens of the text model."""
+    token_id, vocab_size = config.image_token_id, config.get_text_config().vocab_size
+    if not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
+        raise ValueError(f"config.json: the image token is {token_id}, none of the text model's {vocab_size}")
+    return token_id
 
 
 def beginning_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:

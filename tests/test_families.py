@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, MllamaConfig
 
 from common.cache import LocalTier, TieredCache
+from common.checkpoint import load_config
 from common.config import ModelConfig
 from common.errors import InvalidRequestError
 from deploy.app import AppConfig, build_app
@@ -21,6 +22,7 @@ from encoder_service.config import EncoderConfig
 from encoder_service.encoder import rows_of_images
 from encoder_service.server import EncoderServer
 from llm_service.config import EngineConfig
+from llm_service.prompt import image_token_of
 from llm_service.server import LLMServer
 from tests.conftest import picture, write_tiny_checkpoint
 from tests.test_equality import Reference as QwenReference
@@ -225,6 +227,14 @@ async def test_image_that_the_processor_cannot_take_is_a_callers_error(
     assert caught.value.param == "messages"
     assert len(await services.tokens("What?", [picture(2, 2)], 4)) > 0
     services.llm.engine.shutdown()
+
+
+@pytest.mark.parametrize("token_id", [None, 10**6])
+def test_configuration_without_an_image_token_is_refused(token_id: int | None, tmp_path: Path) -> None:
+    config = load_config(write_tiny_family("blip-2", tmp_path))
+    config.image_token_index = token_id
+    with pytest.raises(ValueError, match=rf"the image token is {token_id}, none of the text model's \d+"):
+        image_token_of(config)
 
 
 def test_application_of_another_model_is_refused_before_anything_starts(tmp_path: Path) -> None:
