@@ -1,6 +1,7 @@
 """Messages -> what the engine takes: chat template, tokens, expanded placeholders, position ids. No pixels."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from common.embedding import Grid
 from common.errors import InvalidRequestError
 from common.families import MropeRule, VisionItem, family_of, mrope_positions
 from common.geometry import ImageGeometry, PatchGeometry
-from llm_service.chat import ChatMessage
+from llm_service.chat import AnyImagePart, ChatMessage
 from llm_service.engine.request import PlaceholderRange
 
 
@@ -154,8 +155,9 @@ def beginning_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def space_text_after_images(message: ChatMessage) -> ChatMessage:
     """Equal to transformers' Idefics2 processor, which parts a word from the image before it."""
-    content = list(message.content)
-    for index, part in enumerate(content[1:], 1):
-        if isinstance(part, str) and not isinstance(content[index - 1], str) and part[:1] not in ("", "<"):
-            content[index] = part if part[0].isspace() else f" {part}"
+    content: list[str | AnyImagePart] = []
+    for part in message.content:
+        if isinstance(part, str) and content and not isinstance(content[-1], str):
+            part = re.sub(r"^(?=[^\s<])", " ", part)
+        content.append(part)
     return ChatMessage(message.role, content)

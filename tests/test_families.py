@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, MllamaConfig
 
 from common.cache import LocalTier, TieredCache
-from common.checkpoint import load_config
+from common.checkpoint import load_config, weights_digest
 from common.config import ModelConfig
 from common.errors import InvalidRequestError
 from deploy.app import AppConfig, build_app
@@ -130,6 +130,16 @@ async def test_greedy_tokens_are_those_of_generate(services: Services, reference
     prepared = await services.prepare(text, images, MAX_TOKENS)
     assert prepared.request.prompt_token_ids == reference.inputs(text, opened(images))["input_ids"][0].tolist()
     assert await services.tokens(text, images, MAX_TOKENS) == reference.tokens(text, opened(images), MAX_TOKENS)
+
+
+async def test_the_two_halves_are_the_whole(services: Services, reference: Reference) -> None:
+    namespace = await services.encoder.describe()
+    assert namespace.weights == weights_digest(reference.model, "vision")
+    assert services.llm._language_weights == weights_digest(reference.model, "language")
+    decoder = set(dict(services.encoder._encoder.half.model.named_parameters()))
+    whole = dict(reference.model.named_parameters(remove_duplicate=False))
+    assert decoder and not any("language_model" in name or "text_model" in name for name in decoder)
+    assert decoder < whole.keys()
 
 
 async def test_another_picture_is_another_answer(services: Services) -> None:
