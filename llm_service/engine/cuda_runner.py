@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.checkpoint import LoadedHalf
+from common.checkpoint import LoadedHalf, text_model_and_head
+from common.families import family_of
 from llm_service.config import EngineConfig
 from llm_service.engine.fused_decoder import FusedDecoder, Plan, PromptBatch
 from llm_service.engine.kernels import DecodeBatch, Tile, Workspace
@@ -24,6 +25,7 @@ from llm_service.engine.model_runner import (
     packed_images,
     packed_rows,
     positions_of,
+    rotary_position_ids,
 )
 from llm_service.engine.request import Request
 from llm_service.engine.scheduler import ScheduledRequest, SchedulerOutput
@@ -105,8 +107,8 @@ class CudaModelRunner:
 
     def __init__(self, loaded: LoadedHalf, config: EngineConfig, *, exact: bool) -> None:
         self.device, self.dtype, self.exact, self.config = loaded.device, loaded.dtype, exact, config
-        self.language_model: Any = loaded.model.model.language_model
-        lm_head: Any = loaded.model.lm_head
+        self.language_model, lm_head = text_model_and_head(loaded.model)
+        self.uses_mrope = family_of(loaded.config).uses_mrope
         text_config = self.language_model.config
         check_supported(text_config)
         self.max_rows = config.max_num_seqs
@@ -214,7 +216,7 @@ class CudaModelRunner:
     def _rotations(self, positions_3T: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines `[T, E]` in the model's dtype, by the model's own rule for the three axes."""
         probe = torch.empty(0, dtype=self.dtype, device=self.device)
-        cosines, sines = self.language_model.rotary_emb(probe, positions_3T[:, None])
+        cosines, sines = self.language_model.rotary_emb(probe, rotary_position_ids(positions_3T, self.uses_mrope))
         return cosines[0].contiguous(), sines[0].contiguous()
 
     def _deepstack(self, images: list[PackedImage], num_rows: int) -> tuple[Tensor, ...]:

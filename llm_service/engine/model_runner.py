@@ -115,10 +115,9 @@ class TransformersRunner:
         return embeds_TD
 
     def _position_ids(self, scheduled: list[ScheduledRequest]) -> Tensor:
-        """`[3, 1, T]` for M-RoPE, else `[1, T]`, since the three axes are equal; padded."""
         positions = [positions_of(item.request, item.start, item.num_context_tokens) for item in scheduled]
         positions_3T = self._pad(torch.cat(positions, dim=1).T.to(self.device)).T
-        return positions_3T[:, None] if self.uses_mrope else positions_3T[:1]
+        return rotary_position_ids(positions_3T, self.uses_mrope)
 
     def _attention_metadata(self, scheduled: list[ScheduledRequest], rows: list[slice]) -> AttentionMetadata:
         sequences, slots = [], []
@@ -156,6 +155,11 @@ def positions_of(request: Request, start: int, end: int) -> Tensor:
     answer = torch.arange(max(start, num_prompt_tokens), max(end, num_prompt_tokens))
     answer += request.next_position - num_prompt_tokens
     return torch.cat([request.positions[:, start:end], answer.expand(3, -1)], dim=1)
+
+
+def rotary_position_ids(positions_3T: Tensor, uses_mrope: bool) -> Tensor:
+    """As text models take them: `[3, 1, T]` for M-RoPE, else `[1, T]`, since the three axes are equal."""
+    return positions_3T[:, None] if uses_mrope else positions_3T[:1]
 
 
 def packed_images(scheduled: list[ScheduledRequest], rows: list[slice]) -> list[PackedImage]:
