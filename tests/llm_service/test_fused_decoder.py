@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForImageTextToText,
     DynamicCache,
+    LlavaConfig,
     PretrainedConfig,
     Qwen2_5_VLConfig,
     Qwen2VLConfig,
@@ -18,9 +19,11 @@ from transformers import (
 
 pytest.importorskip("triton")
 
+from common.families import family_of
 from llm_service.engine import fused_decoder
 from llm_service.engine.fused_decoder import FusedDecoder, Plan, PromptBatch, is_supported
 from llm_service.engine.kernels import DecodeBatch, Tile, Workspace, linear
+from llm_service.engine.model_runner import rotary_position_ids
 
 BLOCK_SIZE = 4
 BLOCKS = [1, 9, 3]  # of the one sequence, not all in a row
@@ -45,6 +48,22 @@ CONFIGS = {
     "qwen2_vl": Qwen2VLConfig(text_config=TEXT, vision_config=VISION),
     "qwen2_5_vl": Qwen2_5_VLConfig(text_config=TEXT, vision_config=VISION),
     "qwen3_vl": Qwen3VLConfig(text_config=TEXT, vision_config=VISION),
+    **{
+        text_model: LlavaConfig(
+            text_config={
+                **TEXT,
+                "model_type": text_model,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            },
+            vision_config={
+                "model_type": "clip_vision_model",
+                "hidden_size": 32,
+                "num_attention_heads": 2,
+                "num_hidden_layers": 1,
+            },
+        )
+        for text_model in ("llama", "mistral", "qwen2")
+    },
 }
 
 
@@ -90,11 +109,13 @@ def decoder_of(model: Any) -> FusedDecoder:
     return FusedDecoder(model.model.language_model, model.lm_head, kv_cache, 64)
 
 
-def positions_of(num_tokens: int) -> Tensor:
-    """As if tokens 4 to 8 were an image: the three axes differ."""
+def positions_of(model: Any, num_tokens: int) -> Tensor:
+    """As if tokens 4 to 8 were an image: the three axes differ, where there are three."""
     positions = torch.arange(num_tokens).expand(3, -1).clone()
+    if not family_of(model.config).uses_mrope:
+        return rotary_position_ids(positions, uses_mrope=False)
     positions[1, 4:9], positions[2, 4:9] = torch.tensor([4, 4, 5, 5, 6]), torch.tensor([4, 5, 4, 5, 6])
-    return positions[:, None]
+    return rotary_position_ids(positions, uses_mrope=True)
 
 
 def prefill(
@@ -108,7 +129,7 @@ def prefill(
 ) -> Tensor:
     """Hidden states of tokens `start` to `end` of a sequence, computed with `padding` more rows."""
     language_model = model.model.language_model
-    cosines, sines = language_model.rotary_emb(torch.zeros(1), positions_of(len(token_ids))[:, :, start:end])
+    cosines, sines = language_model.rotary_emb(torch.zeros(1), positions_of(model, len(token_ids))[..., start:end])
     slots = torch.tensor([BLOCKS[i // BLOCK_SIZE] * BLOCK_SIZE + i % BLOCK_SIZE for i in range(end)])
     batch = PromptBatch(
         F.pad(cosines[0], (0, 0, 0, padding)),
@@ -138,7 +159,7 @@ def decode(decoder: FusedDecoder, model: Any, token_id: Tensor, index: int, plan
 
 def reference_logits(model: Any, token_ids: Tensor) -> Any:
     output = model.model.language_model(
-        input_ids=token_ids[None], position_ids=positions_of(len(token_ids)), past_key_values=DynamicCache()
+        input_ids=token_ids[None], position_ids=positions_of(model, len(token_ids)), past_key_values=DynamicCache()
     )
     return model.lm_head(output.last_hidden_state[0])
 
