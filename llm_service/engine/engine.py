@@ -130,7 +130,7 @@ class LLMEngine:
 
     def _check_when_idle(self) -> None:
         if not self._requests:
-            self.kv_cache_manager.check_integrity()
+            self.kv_cache_manager.check_no_leak()
 
     def _check(self, request: Request) -> None:
         """Keeps from the batch what would fail, or spoil, the step of everybody."""

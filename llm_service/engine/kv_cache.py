@@ -106,16 +106,22 @@ class KVCacheManager:
             self._give_back(block)
         request.block_table = []
 
+    def check_no_leak(self) -> None:
+        """With no request running every block is free or cached. A matter of two numbers, so that it can be asked
+        whenever the engine is idle; `check_integrity()` looks at every block."""
+        num_missing = self.num_blocks - self.num_available_blocks
+        assert not num_missing, f"{num_missing} of {self.num_blocks} KV blocks are owned by nobody"
+        assert not self._copies, "a copy of a KV block was asked for and not made"
+
     def check_integrity(self) -> None:
-        """With no request running every block is free or cached, and every hash leads to a cached block."""
+        """As `check_no_leak()`, and every hash leads to a cached block."""
+        self.check_no_leak()
         leaked = set(range(self.num_blocks)).difference(self._free, self._cached)
         assert not leaked, f"{len(leaked)} of {self.num_blocks} KV blocks are owned by nobody: {sorted(leaked)[:8]}"
-        assert self.num_available_blocks == self.num_blocks, "a KV block is both free and cached"
         assert not any(self._ref_counts), "a KV block that nobody uses is referenced"
         hashes = {prefix_hash: block for block, hashes in enumerate(self._hashes) for prefix_hash in hashes}
         assert hashes == self._blocks_by_hash, "hashes and KV blocks do not match"
         assert set(hashes.values()) == set(self._cached), "a free KV block has a hash"
-        assert not self._copies, "a copy of a KV block was asked for and not made"
 
     def _whole_prefix(self, num_tokens: int) -> int:
         return num_tokens // self.prefix_multiple * self.prefix_multiple

@@ -156,7 +156,10 @@ class RecordingEngine(LLMEngine):
 
     def step(self) -> list[RequestOutput]:
         self.num_steps += 1
-        return super().step()
+        outputs = super().step()
+        if not self.has_unfinished_requests():
+            self.kv_cache_manager.check_integrity()
+        return outputs
 
     def serve(self, requests: Iterable[Request], arrivals: Iterable[int] | None = None) -> dict[str, list[int]]:
         """Runs all requests to their end, request i added before step arrivals[i]; returns their tokens."""
