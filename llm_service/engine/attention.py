@@ -1,6 +1,7 @@
 """Paged attention for transformers' attention interface: packed sequences in, keys and values in blocks.
 
-A plain reference in SDPA, one call a sequence, on any device. Importing this module registers it.
+A plain reference in SDPA on any device: one call a sequence, or one for all sequences of a single row, whose contexts
+are padded to the longest, where bits may depend on company. Importing this module registers it.
 """
 
 from dataclasses import dataclass
@@ -26,12 +27,23 @@ class PackedSequence:
 
 
 @dataclass(frozen=True, slots=True)
+class PackedRows:
+    """Sequences of one row each, attended to in one call."""
+
+    rows: Tensor  # [B], of the packed forward
+    blocks: Tensor  # [B, most blocks]; behind a context's end any
+    is_context: Tensor  # bool [B, tokens of the most blocks]
+    shortest_context: int
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionMetadata:
     """What attention must know about one packed forward. Rows after those in `slot_mapping` are padding."""
 
     kv_cache: Tensor  # [layers, 2, blocks, block_size, kv_heads, head_dim]
     slot_mapping: Tensor  # [T]: where each new row's key and value go, as block * block_size + offset
     sequences: list[PackedSequence]
+    single_rows: PackedRows | None = None
 
 
 def causal_mask(num_rows: int, num_context_tokens: int, device: torch.device) -> Tensor | None:
@@ -68,7 +80,23 @@ def paged_attention(
             enable_gqa=True,
         )
         output[sequence.rows] = attended[0].transpose(0, 1)
+    if attention_metadata.single_rows is not None:
+        rows = attention_metadata.single_rows
+        kv_cache = attention_metadata.kv_cache[module.layer_idx]
+        output[rows.rows] = _attend_from_rows(query[rows.rows], kv_cache, rows, scaling)
     return output[None], None
+
+
+def _attend_from_rows(query_BHE: Tensor, kv_cache: Tensor, rows: PackedRows, scaling: float) -> Tensor:
+    keys, values = kv_cache[:, rows.blocks].flatten(2, 3).transpose(2, 3)
+    # What lies behind a context is another's or nobody's, and might not even be finite.
+    behind = ~rows.is_context[:, None, rows.shortest_context :, None]
+    values[:, :, rows.shortest_context :].masked_fill_(behind, 0.0)
+    mask = rows.is_context[:, None, None]
+    attended: Tensor = F.scaled_dot_product_attention(
+        query_BHE[:, :, None], keys, values, attn_mask=mask, scale=scaling, enable_gqa=True
+    )
+    return attended[:, :, 0]
 
 
 def _write(cache: Tensor, rows: Tensor, slot_mapping: Tensor) -> None:

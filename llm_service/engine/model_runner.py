@@ -12,7 +12,13 @@ from common.checkpoint import LoadedHalf, text_model_and_head
 from common.embedding import VisionEmbedding
 from common.families import family_of
 from llm_service.config import EngineConfig
-from llm_service.engine.attention import ATTENTION_IMPLEMENTATION, AttentionMetadata, PackedSequence, causal_mask
+from llm_service.engine.attention import (
+    ATTENTION_IMPLEMENTATION,
+    AttentionMetadata,
+    PackedRows,
+    PackedSequence,
+    causal_mask,
+)
 from llm_service.engine.request import Request
 from llm_service.engine.scheduler import ScheduledRequest, SchedulerOutput
 
@@ -64,6 +70,7 @@ class TransformersRunner:
         self.embed_tokens: Any = self.language_model.get_input_embeddings()
         self.uses_mrope = family_of(loaded.config).uses_mrope
         self.block_size = config.block_size
+        self.exact = exact
         self.min_rows = MIN_EXACT_ROWS if exact else 1
         text_config = self.language_model.config
         check_supported(text_config)
@@ -120,14 +127,30 @@ class TransformersRunner:
         return rotary_position_ids(positions_3T, self.uses_mrope)
 
     def _attention_metadata(self, scheduled: list[ScheduledRequest], rows: list[slice]) -> AttentionMetadata:
-        sequences, slots = [], []
+        sequences: list[PackedSequence] = []
+        slots: list[int] = []
+        single: list[tuple[int, list[int], int]] = []  # row, its blocks, its context
         for item, span in zip(scheduled, rows, strict=True):
             start, end, table = item.start, item.num_context_tokens, item.request.block_table
-            blocks = torch.tensor(table[: -(-end // self.block_size)], device=self.device)
-            mask = causal_mask(item.num_scheduled_tokens, end, self.device)
-            sequences.append(PackedSequence(span, blocks, end, mask))
             slots += [table[i // self.block_size] * self.block_size + i % self.block_size for i in range(start, end)]
-        return AttentionMetadata(self.kv_cache, torch.tensor(slots, device=self.device), sequences)
+            blocks = table[: -(-end // self.block_size)]
+            if item.num_scheduled_tokens == 1 and not self.exact:
+                single.append((span.start, blocks, end))
+            else:
+                mask = causal_mask(item.num_scheduled_tokens, end, self.device)
+                sequences.append(PackedSequence(span, torch.tensor(blocks, device=self.device), end, mask))
+        slot_mapping = torch.tensor(slots, device=self.device)
+        return AttentionMetadata(self.kv_cache, slot_mapping, sequences, self._single_rows(single))
+
+    def _single_rows(self, single: list[tuple[int, list[int], int]]) -> PackedRows | None:
+        if not single:
+            return None
+        rows, tables, lengths = zip(*single, strict=True)
+        width = max(map(len, tables))
+        blocks = torch.tensor([table + [0] * (width - len(table)) for table in tables], device=self.device)
+        places = torch.arange(width * self.block_size, device=self.device)
+        is_context = places < torch.tensor(lengths, device=self.device)[:, None]
+        return PackedRows(torch.tensor(rows, device=self.device), blocks, is_context, min(lengths))
 
     def _pad(self, rows: Tensor) -> Tensor:
         """At least `min_rows` rows, by zeros at the end."""
