@@ -1,12 +1,14 @@
 """Binds the deployments into one application; the only place that knows all packages."""
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 from ray import serve
 
 from common.checkpoint import load_config
 from common.config import CacheConfig, Config, ModelConfig
+from deploy.one_piece import OnePieceDeployment
 from deploy.private_redis import with_private_servers
 from deploy.shapes import CHECKPOINT
 from encoder_service.config import EncoderConfig
@@ -25,6 +27,9 @@ class AppConfig(Config):
     encoder: EncoderConfig = EncoderConfig()
     engine: EngineConfig = EngineConfig()
     cache: CacheConfig = CacheConfig()
+    backend: Literal["split", "transformers"] = Field(
+        "split", description="`transformers`: the one-piece model in the `llm` deployment alone, as a baseline"
+    )
 
 
 def build_app(config: AppConfig) -> serve.Application:
@@ -33,6 +38,9 @@ def build_app(config: AppConfig) -> serve.Application:
     if (directory := Path(model.path).expanduser()).is_dir():
         load_config(directory)  # refuses at once what every replica would
     cache = with_private_servers(config.cache)
+    if config.backend == "transformers":
+        baseline: serve.Application = OnePieceDeployment.bind(model, config.engine, cache)  # type: ignore[attr-defined]
+        return baseline
     encoder = EncoderDeployment.bind(model, config.encoder, cache)  # type: ignore[attr-defined]  # by Serve's decorator
     application: serve.Application = LLMDeployment.bind(model, config.engine, cache, encoder)  # type: ignore[attr-defined]
     return application

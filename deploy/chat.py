@@ -1,6 +1,7 @@
 """`fovea chat`: a conversation about pictures in the terminal."""
 
 import contextlib
+import re
 import readline  # noqa: F401  # gives input() a history and editing
 import shlex
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Any
 from deploy.client import Client, ClientError, user_message
 
 HELP = """\
-  Name a picture's path anywhere in a question, quoted if it has spaces; without a question it waits for the next one.
+  Name a picture's path anywhere in a question, quoted if it has spaces. A path alone waits for a question.
   /new       forget the conversation        /drop   forget pictures that wait
   /quit      leave (also Ctrl-D)            Ctrl-C  stops an answer"""
 
@@ -78,8 +79,8 @@ def answer(conversation: Conversation, line: str) -> None:
         conversation.waiting = []
     elif line == "/help":
         print(HELP)
-    elif line.startswith("/") and not Path(line.split()[0]).exists():
-        print(f"  {line.split()[0]} is not a command; /help says what can be typed")
+    elif re.fullmatch(r"/\w+", line):
+        print(f"  {line} is not a command; /help says what can be typed")
     else:
         paths, question = pictures_in(line)
         wait_for(conversation, paths)

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -75,6 +75,10 @@ def up(
         str | None, typer.Option(help="A second Redis, with noeviction, for managed media; default: a private server.")
     ] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535)] = None,
+    backend: Annotated[
+        Literal["split", "transformers"],
+        typer.Option(help="transformers: the one-piece model behind the same API, as a baseline."),
+    ] = "split",
     config: ConfigFile = None,
 ) -> None:
     """Start the service and keep serving until Ctrl-C or `fovea down`."""
@@ -89,6 +93,7 @@ def up(
         redis_url=redis_url,
         media_redis_url=media_redis_url,
         port=port,
+        backend=backend,
     )
     with service.running_service(deployed, report) as running:
         if running.dashboard != _DASHBOARD:

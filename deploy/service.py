@@ -55,6 +55,7 @@ def application_config(
     redis_url: str | None = None,
     media_redis_url: str | None = None,
     port: int | None = None,
+    backend: str = "split",
 ) -> dict[str, Any]:
     """The declarative configuration in `config`, with what was given in its place."""
     loaded: dict[str, Any] = yaml.safe_load(config.read_text())
@@ -65,6 +66,9 @@ def application_config(
     for field, given in (("redis_url", redis_url), ("media_redis_url", media_redis_url)):
         if given is not None:
             arguments["cache"] = {**arguments.get("cache", {}), field: given}
+    if backend != "split":
+        arguments["backend"] = backend
+        application["deployments"] = [one for one in application["deployments"] if one["name"] != "encoder"]
     if port is not None:
         loaded.setdefault("http_options", {})["port"] = port
     for name, replicas in (("encoder", encoder_replicas), ("llm", llm_replicas)):

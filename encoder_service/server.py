@@ -11,7 +11,7 @@ import torch
 
 from common import metrics
 from common.cache import EmbeddingCache, SingleFlight
-from common.checkpoint import checkpoint_directory, load_geometry, load_half
+from common.checkpoint import LoadedHalf, checkpoint_directory, load_geometry, load_half
 from common.config import ModelConfig
 from common.embedding import EmbeddingSpec, VisionEmbedding, content_digest, pack, unpack
 from common.errors import InvalidRequestError
@@ -39,10 +39,11 @@ class EncoderServer:
         cache: EmbeddingCache,
         producer: str = "",
         alias_store: MediaStore | None = None,
+        half: LoadedHalf | None = None,
     ) -> None:
-        """With an `alias_store`, files with the same pixels share an embedding."""
+        """With an `alias_store`, files with the same pixels share an embedding. `half` is loaded unless it is given."""
         torch.set_num_threads(model.num_threads)
-        half = load_half(model, "vision")
+        half = half or load_half(model, "vision")
         directory = checkpoint_directory(model)
         self._geometry = load_geometry(directory, half.config)
         self._limits = model.limits

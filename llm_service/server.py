@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 
 from common import metrics
 from common.cache import EmbeddingCache
-from common.checkpoint import checkpoint_directory, device_capability, load_geometry, load_half
+from common.checkpoint import LoadedHalf, checkpoint_directory, device_capability, load_geometry, load_half
 from common.config import CacheConfig, ModelConfig
 from common.embedding import VisionEmbedding
 from common.errors import InvalidRequestError, ModelNotFoundError, UnavailableError
@@ -55,6 +55,29 @@ class Engine(Protocol):
     def start(self) -> None: ...
 
     def shutdown(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """What generates. `half` is the language half, or a whole model with the digest of its language half."""
+
+    engine: Engine
+    half: LoadedHalf
+    max_model_len: int
+    vocab_size: int
+
+
+def split_decoder(model: ModelConfig, config: EngineConfig) -> Decoder:
+    """The language half under continuous batching."""
+    half = load_half(model, "language")
+    engine = LLMEngine(
+        half,
+        config,
+        numerics=model.numerics,
+        eos_token_ids=end_tokens(checkpoint_directory(model), half.config),
+        mrope_rule=position_rule(model, half.config),
+    )
+    return Decoder(AsyncLLMEngine(engine), half, engine.max_model_len, engine.vocab_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,43 +156,37 @@ class LLMServer:
         media_store: MediaStore | None = None,
         audit_fraction: float = 0.0,
         answers: AnswerCache | None = None,
+        decoder: Decoder | None = None,
     ) -> None:
-        """Without a `media_store`, managed media stay in this process."""
+        """Without a `media_store`, managed media stay in this process. The default `decoder` is the language half."""
         if model.numerics != "exact" and (audit_fraction or answers is not None):
             raise ValueError("cache.audit_fraction and cache.answer_cache_bytes need `exact` numerics")
         torch.set_num_threads(model.num_threads)
         directory = checkpoint_directory(model)
-        half = load_half(model, "language")
-        geometry = load_geometry(directory, half.config)
-        mrope_rule = position_rule(model, half.config)
-        self.eos_token_ids = end_tokens(directory, half.config)
+        decoder = decoder or split_decoder(model, engine_config)
+        geometry = load_geometry(directory, decoder.half.config)
+        mrope_rule = position_rule(model, decoder.half.config)
+        self.eos_token_ids = end_tokens(directory, decoder.half.config)
         self.model_name = model.served_name or model.path
         self.created = int(time.time())
-        engine = LLMEngine(
-            half,
-            engine_config,
-            numerics=model.numerics,
-            eos_token_ids=self.eos_token_ids,
-            mrope_rule=mrope_rule,
-        )
-        self._vocab_size = engine.vocab_size
-        self.max_model_len = engine.max_model_len
+        self._vocab_size = decoder.vocab_size
+        self.max_model_len = decoder.max_model_len
         self.limits = model.limits
         if not geometry.max_pixels and (model.min_pixels or model.max_pixels):
             raise ValueError(
-                f"model.min_pixels and model.max_pixels have no effect on {half.config.model_type!r}, whose images all "
+                f"model.min_pixels and model.max_pixels have no effect on {decoder.half.config.model_type!r}, whose images all "
                 "get the sizes of its preprocessor_config.json"
             )
         params = MediaParams(
             min_pixels=model.min_pixels or geometry.min_pixels, max_pixels=model.max_pixels or geometry.max_pixels
         )
         self._mrope_rule = mrope_rule
-        self._decoder = decoder_description(model, half.device, engine_config)
-        self._language_weights = half.digest
-        self._prompt = PromptProcessor(directory, half.config, geometry, mrope_rule, self.max_model_len)
+        self._decoder = decoder_description(model, decoder.half.device, engine_config)
+        self._language_weights = decoder.half.digest
+        self._prompt = PromptProcessor(directory, decoder.half.config, geometry, mrope_rule, self.max_model_len)
         self.token_texts = TokenTexts(self._prompt.tokenizer)
         self._grammars = GrammarCompiler(
-            self._prompt.tokenizer, vocab_size=engine.vocab_size, eos_token_ids=self.eos_token_ids
+            self._prompt.tokenizer, vocab_size=decoder.vocab_size, eos_token_ids=self.eos_token_ids
         )
         self._grammar_thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         store = media_store if media_store is not None else open_media_store(CacheConfig())
@@ -178,7 +195,7 @@ class LLMServer:
         self._answers = answers
         self.media = MediaLibrary(store, self._features, cache, geometry, params, model.limits, answers)
         self._defaults = generation_defaults(directory)
-        self.engine: Engine = AsyncLLMEngine(engine)
+        self.engine = decoder.engine
         self.engine.start()
 
     async def prepare(

@@ -23,7 +23,7 @@ ROOMS = {
         "deploy/",
     ),
     "redis": ("common/redis_store.py", "common/media_store.py", "deploy/bench/", "deploy/doctor.py"),
-    "fastapi": ("llm_service/api/", "llm_service/deployment.py"),
+    "fastapi": ("llm_service/api/", "llm_service/deployment.py", "deploy/one_piece.py"),
     "starlette": ("llm_service/api/",),
     "PIL": ("common/media.py", "encoder_service/", "deploy/"),
     "transformers": ("common/", "encoder_service/", "llm_service/", "deploy/"),
