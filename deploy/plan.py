@@ -148,7 +148,7 @@ def shape_of(config: Any) -> Shape:
     vision_parameters = sum(parts.values())
     return Shape(
         vision_parameters=vision_parameters,
-        merger_parameters=parts["merger"],
+        merger_parameters=sum(count for name, count in parts.items() if "merger" in name),
         vision_hidden=getattr(vision, "embed_dim", vision.hidden_size),
         vision_layers=vision.depth,
         full_attention_layers=vision.depth if full is None else len(full),
