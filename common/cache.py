@@ -223,6 +223,7 @@ class LocalTier:
             self._evict()
         if self._is_pinned and entry.embedding is not None and key in self._residents:
             resident.entry = Entry(*pinned(entry.data, entry.embedding))
+        metrics.local_tier_bytes.set(self.num_bytes)
 
     def discard(self, key: str) -> None:
         resident = self._residents.pop(key, None)

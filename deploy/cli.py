@@ -79,6 +79,7 @@ def up(
         Literal["split", "transformers"],
         typer.Option(help="transformers: the one-piece model behind the same API, as a baseline."),
     ] = "split",
+    json_logs: Annotated[bool, typer.Option("--json-logs", help="Replicas write one JSON object a line.")] = False,
     config: ConfigFile = None,
 ) -> None:
     """Start the service and keep serving until Ctrl-C or `fovea down`."""
@@ -94,6 +95,7 @@ def up(
         media_redis_url=media_redis_url,
         port=port,
         backend=backend,
+        json_logs=json_logs,
     )
     with service.running_service(deployed, report) as running:
         if running.dashboard != _DASHBOARD:
@@ -215,6 +217,25 @@ def scale(
     connection = service.connect(dashboard)
     service.scale(connection, deployment, replicas)
     service.wait_until_scaled(connection, deployment, report)
+
+
+@app.command()
+def update(
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[SETTING=VALUE]...", help="As in engine.max_num_seqs=16.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A Serve YAML in the place of what is deployed.")] = None,
+    dashboard: Dashboard = _DASHBOARD,
+) -> None:
+    """Change settings of the running service; requests are answered meanwhile. `fovea config example` has them all."""
+    from deploy import configuration, service
+
+    report = progress()
+    connection = service.connect(dashboard)
+    changed = service.changed(connection, settings or [], config)
+    configuration.checked(changed)
+    service.update(connection, changed, report)
+    report("the new version answers")
 
 
 @app.command()

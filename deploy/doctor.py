@@ -141,7 +141,7 @@ def ray_cluster() -> Finding:
         details = client.get_serve_details()
     except service.ServiceError as exc:
         if "token" in str(exc):
-            return Finding("Ray", "wrong", str(exc), "export RAY_AUTH_TOKEN_PATH, or stop that cluster with `ray stop`")
+            return Finding("Ray", "note", str(exc), "`fovea up` starts one of its own beside it")
         return Finding("Ray", "ok", "no cluster runs here; `fovea up` starts one")
     running = ", ".join(details["applications"]) or "no application"
     return Finding("Ray", "ok", f"a cluster at {service.DEFAULT_DASHBOARD} with {running}")
@@ -165,16 +165,26 @@ def configured_redis(role: str, url: str) -> Finding:
             url.replace("redis+cluster://", "redis://"), socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S
         )
         with client:
-            info = client.info()
+            client.ping()
+            info = _info(client)
     except (redis.RedisError, ValueError) as exc:
         return Finding(f"cache.{role}", "wrong", f"{shown}: {exc}", f"start that server, or correct cache.{role}")
     policy = info.get("maxmemory_policy")
-    found = f"{shown}, Redis {info['redis_version']}, {policy}"
-    if policy != wanted:
+    found = f"{shown}, Redis {info['redis_version']}, {policy}" if info else f"{shown} answers"
+    if policy not in (None, wanted):
         return Finding(
             f"cache.{role}", "note", found, f"`CONFIG SET maxmemory-policy {wanted}`, as in deploy/redis*.conf"
         )
     return Finding(f"cache.{role}", "ok", found)
+
+
+def _info(client: redis.Redis) -> dict[str, Any]:
+    """Empty if this user may not ask, as the user of deploy/redis.conf."""
+    try:
+        found: dict[str, Any] = client.info()
+    except redis.exceptions.NoPermissionError:
+        return {}
+    return found
 
 
 def serving_port(url: str) -> Finding:

@@ -24,6 +24,7 @@ from common.checkpoint import LoadedHalf, checkpoint_directory, choose_device, c
 from common.config import CacheConfig, ModelConfig
 from common.errors import InvalidRequestError
 from common.families import family_of
+from common.logs import log_as_serve_does
 from common.media_store import open_media_store
 from encoder_service.config import EncoderConfig
 from encoder_service.server import EncoderServer
@@ -199,6 +200,7 @@ class OnePieceDeployment:
     """The application's ingress and its only deployment."""
 
     def __init__(self, model: ModelConfig, config: EngineConfig, cache: CacheConfig) -> None:
+        log_as_serve_does()
         self._admin_api = cache.admin_api
         self._server = one_piece_server(model, config, cache)
 

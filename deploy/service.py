@@ -9,7 +9,7 @@ import copy
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ def application_config(
     media_redis_url: str | None = None,
     port: int | None = None,
     backend: str = "split",
+    json_logs: bool = False,
 ) -> dict[str, Any]:
     """The declarative configuration in `config`, with what was given in its place."""
     loaded: dict[str, Any] = yaml.safe_load(config.read_text())
@@ -69,11 +70,13 @@ def application_config(
     if backend != "split":
         arguments["backend"] = backend
         application["deployments"] = [one for one in application["deployments"] if one["name"] != "encoder"]
+    if json_logs:
+        application["logging_config"] = {**application.get("logging_config", {}), "encoding": "JSON"}
     if port is not None:
         loaded.setdefault("http_options", {})["port"] = port
     for name, replicas in (("encoder", encoder_replicas), ("llm", llm_replicas)):
         if replicas is not None:
-            _deployment(application, name)["num_replicas"] = replicas
+            _set_replicas(application, name, replicas)
     return loaded
 
 
@@ -165,17 +168,22 @@ def wait_until_ready(client: ServeSubmissionClient, url: str, report: Report) ->
     reported: dict[str, str] = {}
     while time.monotonic() < deadline:
         details = client.get_serve_details()["applications"].get(APPLICATION, {})
-        for deployment in statuses(details):
-            line = f"{deployment.name}: {deployment.num_running} of {deployment.target} replicas running"
-            if reported.get(deployment.name) != line:
-                reported[deployment.name] = line
-                report(line)
+        _report_replicas(details, reported, report)
         if details.get("status") in ("DEPLOY_FAILED", "UNHEALTHY"):
             raise ServiceError(f"the application did not start: {_reason(details)}")
         if details.get("status") == "RUNNING" and is_healthy(url):
             return
         time.sleep(_POLL_S)
     raise ServiceError(f"the application was not ready after {START_TIMEOUT_S:.0f} s")
+
+
+def _report_replicas(details: Mapping[str, Any], reported: dict[str, str], report: Report) -> None:
+    """Reports each deployment whose line is not the one in `reported`, and notes it there."""
+    for deployment in statuses(details):
+        line = f"{deployment.name}: {deployment.num_running} of {deployment.target} replicas running"
+        if reported.get(deployment.name) != line:
+            reported[deployment.name] = line
+            report(line)
 
 
 def wait_until_scaled(client: ServeSubmissionClient, name: str, report: Report) -> None:
@@ -241,8 +249,48 @@ def scale(client: ServeSubmissionClient, deployment: str, replicas: int) -> None
         raise ServiceError(f"replicas must be at least 1, not {replicas}")
     details_of(client)
     config = _deployed(client)
-    _deployment(application_of(config), deployment)["num_replicas"] = replicas
+    _set_replicas(application_of(config), deployment, replicas)
     client.deploy_applications(config)
+
+
+def changed(client: ServeSubmissionClient, settings: Sequence[str], config: Path | None = None) -> dict[str, Any]:
+    """The deployed configuration, or that of a file, with `engine.max_num_seqs=16` and the like applied to `args:`."""
+    details_of(client)
+    found = _deployed(client)
+    if config is not None:
+        others = [one for one in found["applications"] if one["name"] != APPLICATION]
+        found["applications"] = [*others, application_of(yaml.safe_load(config.read_text()))]
+    for setting in settings:
+        path, equals, value = setting.partition("=")
+        *sections, name = path.split(".")
+        if not equals or not name:
+            raise ServiceError(f"a setting is written as engine.max_num_seqs=16, not {setting!r}")
+        section = application_of(found).setdefault("args", {})
+        for step in sections:
+            section = section.setdefault(step, {})
+        section[name] = yaml.safe_load(value)
+    return found
+
+
+def update(client: ServeSubmissionClient, config: dict[str, Any], report: Report) -> None:
+    """Rolls out a configuration while requests are answered. Raises ServiceError if it does not start.
+
+    The old replicas go on serving until the new ones are healthy, if `max_surge_percent` allows for both.
+    """
+    before = details_of(client)["last_deployed_time_s"]
+    client.deploy_applications(config)
+    deadline = time.monotonic() + START_TIMEOUT_S
+    reported: dict[str, str] = {}
+    while time.monotonic() < deadline:
+        details = details_of(client)
+        if details["last_deployed_time_s"] > before:
+            _report_replicas(details, reported, report)
+            if details["status"] == "DEPLOY_FAILED":
+                raise ServiceError(f"the change did not start, what ran before goes on: {_reason(details)}")
+            if details["status"] == "RUNNING":
+                return
+        time.sleep(_POLL_S)
+    raise ServiceError(f"the change was not rolled out after {START_TIMEOUT_S:.0f} s")
 
 
 def remove(client: ServeSubmissionClient) -> None:
@@ -288,6 +336,13 @@ def _deployment(application: dict[str, Any], name: str) -> dict[str, Any]:
             return deployment
     deployments.append({"name": name})
     return deployments[-1]
+
+
+def _set_replicas(application: dict[str, Any], name: str, replicas: int) -> None:
+    """A fixed number; Serve accepts none beside autoscaling."""
+    deployment = _deployment(application, name)
+    deployment.pop("autoscaling_config", None)
+    deployment["num_replicas"] = replicas
 
 
 def _absolute_if_directory(model: str) -> str:

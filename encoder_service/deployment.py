@@ -8,6 +8,7 @@ from ray.serve.config import RequestRouterConfig
 
 from common.config import CacheConfig, ModelConfig
 from common.identity import EmbeddingNamespace
+from common.logs import log_as_serve_does
 from common.media import MediaItem
 from common.media_store import DeletionWatcher, open_media_store
 from common.redis_store import open_cache
@@ -28,6 +29,7 @@ class EncoderDeployment:
     """Replica count, GPUs and autoscaling are set by name in the application's YAML."""
 
     def __init__(self, model: ModelConfig, config: EncoderConfig, cache: CacheConfig) -> None:
+        log_as_serve_does()
         replica = serve.get_replica_context().replica_tag
         store = open_media_store(cache)
         if cache.pixel_alias and cache.media_redis_url is None:

@@ -18,6 +18,7 @@ from common.errors import InvalidRequestError
 from common.identity import EmbeddingNamespace, mm_hash
 from common.media import MediaItem, image_header
 from common.media_store import MediaStore, discard_from
+from common.tracing import span
 from encoder_service.batcher import Batcher
 from encoder_service.config import EncoderConfig
 from encoder_service.encoder import Preprocessed, VisionEncoder, load_preprocessor
@@ -137,8 +138,10 @@ class EncoderServer:
         return None
 
     async def _encode(self, item: MediaItem) -> VisionEmbedding:
-        image, preprocess_ms = await self._on_thread(self._preprocess_and_time, item)
-        embedding = await self._batcher.submit(image)
+        with span("preprocess", image=item.mm_hash):
+            image, preprocess_ms = await self._on_thread(self._preprocess_and_time, item)
+        with span("vision", image=item.mm_hash):
+            embedding = await self._batcher.submit(image)
         self.num_encoded += 1
         metrics.images_encoded.inc()
         return dataclasses.replace(embedding, encode_ms=preprocess_ms + embedding.encode_ms)

@@ -16,6 +16,7 @@ from common.checkpoint import choose_device
 from common.config import CacheConfig, ModelConfig
 from common.errors import OverloadedError, ServingError, UnavailableError
 from common.identity import EmbeddingNamespace
+from common.logs import log_as_serve_does
 from common.media import MediaItem
 from common.media_store import open_media_store
 from common.redis_store import open_cache
@@ -81,6 +82,7 @@ class LLMDeployment:
     """The application's ingress. Replica count, GPUs and autoscaling are set by name in the application's YAML."""
 
     def __init__(self, model: ModelConfig, config: EngineConfig, cache: CacheConfig, encoder: DeploymentHandle) -> None:
+        log_as_serve_does()
         self._admin_api = cache.admin_api
         self._server = LLMServer(
             model,

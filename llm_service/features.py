@@ -18,6 +18,7 @@ from common.errors import InvalidRequestError, UnavailableError
 from common.geometry import ImageGeometry
 from common.identity import EmbeddingNamespace
 from common.media import MediaItem
+from common.tracing import span
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,8 @@ class FeatureSource:
         namespace = await self.namespace()
         keys = [namespace.key(image.item.mm_hash, str(image.item.params)) for image in images]
         specs = {key: self._spec(image, namespace) for key, image in zip(keys, images, strict=True)}
-        hits = await self._cache.get_many(specs)
+        with span("cache.get", images=len(specs)):
+            hits = await self._cache.get_many(specs)
         looked_up_ms = (time.perf_counter() - started) * 1000
 
         async def one(key: str, image: ImageRequest) -> ImageFeatures:
@@ -118,7 +120,8 @@ class FeatureSource:
 
     async def _encode(self, image: ImageRequest) -> ImageFeatures:
         since = self._cache.moment
-        data = await self._encoder.encode(await image.whole_item())
+        with span("encode", image=image.item.mm_hash):
+            data = await self._encoder.encode(await image.whole_item())
         for _ in range(2):
             namespace = await self.namespace()
             key = namespace.key(image.item.mm_hash, str(image.item.params))
@@ -136,7 +139,10 @@ class FeatureSource:
     def _count(self, image: ImageRequest, features: ImageFeatures, namespace: EmbeddingNamespace) -> None:
         tags = {"source": features.source, "tenant": namespace.tenant}
         metrics.images.inc(tags=tags)
+        metrics.mm_cache_queries.inc()
+        metrics.embedding_wait_seconds.observe(features.wait_ms / 1000, tags={"source": features.source})
         if features.source != "encoder":
+            metrics.mm_cache_hits.inc()
             metrics.encoder_seconds_saved.inc(features.embedding.encode_ms / 1000, tags=tags)
             self._auditor.consider(image, str(namespace), features.embedding)
 

@@ -34,6 +34,7 @@ from llm_service.engine.request import FinishReason, MultiModalFeature, Request,
 from llm_service.engine.structured_output import Grammar, GrammarCompiler, GrammarState, StructuredOutput
 from llm_service.features import EncoderClient, FeatureSource, ImageFeatures, ImageRequest
 from llm_service.media import MediaContext, MediaLibrary
+from llm_service.observation import observed
 from llm_service.prompt import EngineInput, PromptProcessor
 
 
@@ -245,17 +246,19 @@ class LLMServer:
         alone = not self._prompt.family.counts_images or len(images_of(messages)) <= 1
         return MediaContext(alone, self._prompt.instruction(messages))
 
-    async def generate(self, prepared: PreparedRequest) -> AsyncGenerator[RequestOutput, None]:
+    def generate(self, prepared: PreparedRequest) -> AsyncGenerator[RequestOutput, None]:
         """Outputs with text and the index of their choice; the last of each choice has a finish reason. Leaving the
         iterator aborts what is not finished.
         """
+        outputs = self._generate(prepared)
+        return outputs if prepared.known_answer is not None else observed(outputs, prepared.request)
+
+    async def _generate(self, prepared: PreparedRequest) -> AsyncGenerator[RequestOutput, None]:
         requests = (prepared.request, *prepared.forks)
         choices = {
             request.request_id: _Choice(index, IncrementalDetokenizer(self._prompt.tokenizer, prepared.stop))
             for index, request in enumerate(requests)
         }
-        started = time.perf_counter()
-        first = True
         async with contextlib.aclosing(self._outputs(prepared)) as outputs:
             async for output in outputs:
                 choice = choices.get(output.request_id)
@@ -263,10 +266,6 @@ class LLMServer:
                     continue
                 if output.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
                     raise UnavailableError(f"the request ended early: {output.finish_reason}", code="request_aborted")
-                if first and output.token_ids:
-                    metrics.time_to_first_token_seconds.observe(time.perf_counter() - started)
-                    first = False
-                metrics.generated_tokens.inc(len(output.token_ids))
                 output = choice.add(output)
                 if output.finish_reason is not None:
                     del choices[output.request_id]

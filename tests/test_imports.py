@@ -28,6 +28,7 @@ ROOMS = {
     "PIL": ("common/media.py", "encoder_service/", "deploy/"),
     "transformers": ("common/", "encoder_service/", "llm_service/", "deploy/"),
     "torch": ("common/", "encoder_service/", "llm_service/", "deploy/"),
+    "opentelemetry": ("common/tracing.py",),
     "pickle": (),
 }
 # inside the LLM service imports go one way: deployment -> api -> server -> engine

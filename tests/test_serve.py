@@ -163,6 +163,33 @@ def test_scaling_the_encoder_leaves_the_llm_replicas_and_requests_alone(
     assert llm_pids() == before
 
 
+def test_changed_setting_is_rolled_out_without_a_failed_request(url: str, dashboard: Any, client: Client) -> None:
+    def llm_pids() -> set[int]:
+        replicas = service.details_of(dashboard)["deployments"]["llm"]["replicas"]
+        return {replica["pid"] for replica in replicas if replica["state"] == "RUNNING"}
+
+    before = llm_pids()
+    stop = threading.Event()
+
+    def keep_asking(worker: int) -> int:
+        own, count = Client(url), 0
+        while not stop.is_set():
+            own.ask([picture(60, 60, 20_000 * worker + count % 5)], "What?", max_tokens=8)
+            count += 1
+        return count
+
+    with ThreadPoolExecutor(3) as pool:
+        workers = [pool.submit(keep_asking, worker) for worker in range(3)]
+        try:
+            service.update(dashboard, service.changed(dashboard, ["engine.max_num_seqs=7"]), print)
+            wait_until(lambda: before.isdisjoint(llm_pids()))
+        finally:
+            stop.set()
+        assert all(worker.result() > 0 for worker in workers)  # raises if any request failed
+    deployed = service.application_of(service.changed(dashboard, []))
+    assert deployed["args"]["engine"]["max_num_seqs"] == 7
+
+
 def test_bad_image_over_serve_is_a_400_that_names_its_field(url: str, client: Client) -> None:
     truncated = base64.b64encode(picture(300, 300)[:4000]).decode()
     part = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{truncated}"}}

@@ -5,9 +5,11 @@ import contextlib
 import logging
 import queue
 import threading
+import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 
+from common import metrics
 from common.errors import InvalidRequestError, ServingError, UnavailableError
 from llm_service.engine.engine import LLMEngine
 from llm_service.engine.request import FinishReason, Request, RequestOutput
@@ -27,6 +29,7 @@ class AsyncLLMEngine:
         self._streams: dict[str, _Stream] = {}  # the engine thread's, by request id
         self._thread = threading.Thread(target=self._run, name="llm-engine", daemon=True)
         self._failure: UnavailableError | None = UnavailableError("the engine is not started")
+        self._load = LoadReport()
 
     @property
     def num_running(self) -> int:
@@ -84,6 +87,7 @@ class AsyncLLMEngine:
             while self._apply_commands():
                 for output in self._engine.step():
                     self._deliver(output)
+                self._load.report(self._engine)
         except BaseException as exc:  # the thread would end in silence
             logger.exception("the engine thread failed with %d requests", len(self._streams))
             failure = UnavailableError("the engine has failed")
@@ -142,6 +146,28 @@ class AsyncLLMEngine:
             error = UnavailableError(failure.message)  # one each: a raised exception collects its raiser's frames
             error.__cause__ = failure.__cause__
             stream.send(error)
+
+
+class LoadReport:
+    """Tells dashboards how full the engine is: now and then, and whenever it becomes idle."""
+
+    INTERVAL_S = 0.5
+
+    def __init__(self) -> None:
+        self._reported_at = -self.INTERVAL_S
+        self._num_preemptions = 0
+
+    def report(self, engine: LLMEngine) -> None:
+        now = time.monotonic()
+        if now - self._reported_at < self.INTERVAL_S and engine.has_unfinished_requests():
+            return
+        self._reported_at = now
+        blocks = engine.kv_cache_manager
+        metrics.num_requests_running.set(len(engine.scheduler.running))
+        metrics.num_requests_waiting.set(len(engine.scheduler.waiting))
+        metrics.kv_cache_usage.set(1 - blocks.num_available_blocks / blocks.num_blocks)
+        metrics.num_preemptions.inc(engine.scheduler.num_preemptions - self._num_preemptions)
+        self._num_preemptions = engine.scheduler.num_preemptions
 
 
 class _Stream:

@@ -1,0 +1,50 @@
+"""What dashboards are told of requests, on a tiny model."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from common import metrics
+from tests.conftest import picture
+from tests.test_equality import Services
+
+
+@pytest.fixture
+async def services(tiny_checkpoint: Path) -> AsyncIterator[Services]:
+    found = Services(tiny_checkpoint)
+    yield found
+    found.llm.engine.shutdown()
+
+
+async def test_one_request_is_counted_once_with_all_its_tokens(services: Services) -> None:
+    before = metrics.snapshot()
+    image = picture(60, 60, 901)
+    tokens = await services.tokens("What is it?", [image], max_tokens=6)
+    await services.tokens("What is it?", [image], max_tokens=6)
+
+    def rise(name: str) -> float:
+        return metrics.snapshot().get(f"fovea_{name}", 0.0) - before.get(f"fovea_{name}", 0.0)
+
+    assert rise("generation_tokens_total") == rise("request_generation_tokens_sum") == 2 * len(tokens)
+    assert rise("time_to_first_token_seconds_count") == rise("e2e_request_latency_seconds_count") == 2
+    assert rise("request_prompt_tokens_sum") == rise("prompt_tokens_total") == rise("prefix_cache_queries_total")
+    assert 0 <= rise("prefix_cache_hits_total") < rise("prefix_cache_queries_total")
+    assert (rise("mm_cache_queries_total"), rise("mm_cache_hits_total")) == (2, 1)
+    assert rise('embedding_wait_seconds_count{source="local"}') == 1
+    finished = [name for name in metrics.snapshot() if name.startswith("fovea_request_success_total")]
+    assert sum(metrics.snapshot()[name] - before.get(name, 0) for name in finished) == 2
+
+
+async def test_gauges_of_an_idle_engine_are_zero(services: Services) -> None:
+    running = asyncio.create_task(services.tokens("Tell me a story.", [], max_tokens=40))
+    async with asyncio.timeout(10):
+        while not metrics.snapshot().get("fovea_num_requests_running"):  # noqa: ASYNC110  # a gauge, without an event
+            await asyncio.sleep(0.001)
+    assert metrics.snapshot()["fovea_kv_cache_usage_perc"] > 0
+    await running
+    async with asyncio.timeout(10):
+        while metrics.snapshot()["fovea_num_requests_running"]:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    assert metrics.snapshot()["fovea_num_requests_waiting"] == metrics.snapshot()["fovea_kv_cache_usage_perc"] == 0
