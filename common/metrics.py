@@ -63,6 +63,11 @@ class Gauge:
         self._exported.set(value, tags)
         self._values[_series(tags)] = value
 
+    def repeat(self) -> None:
+        """Ray's agent forgets a gauge that is not set for a while."""
+        for series, value in self._values.copy().items():
+            self._exported.set(value, dict(series))
+
     def read(self) -> dict[str, float]:
         return {self.name + _labels(series): value for series, value in self._values.copy().items()}
 
@@ -132,6 +137,13 @@ class _Buckets:
 def snapshot() -> dict[str, float]:
     """This process's values by name, as in `fovea_requests_total{status="200"}`; of histograms counts and sums."""
     return {name: value for metric in _metrics for name, value in metric.read().items()}
+
+
+def repeat_gauges() -> None:
+    """To be called every few seconds, so that gauges of an idle process stay visible."""
+    for metric in _metrics:
+        if isinstance(metric, Gauge):
+            metric.repeat()
 
 
 def exposition() -> str:

@@ -6,6 +6,7 @@ from typing import Any
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
+from common import metrics
 from common.config import CacheConfig, ModelConfig
 from common.identity import EmbeddingNamespace
 from common.logs import log_as_serve_does
@@ -46,6 +47,10 @@ class EncoderDeployment:
 
     async def audit(self, item: MediaItem, namespace: str, digest: str) -> bool | None:
         return await self._server.audit(item, namespace, digest)
+
+    def check_health(self) -> None:
+        """Called by Serve every few seconds."""
+        metrics.repeat_gauges()
 
     async def stats(self) -> dict[str, Any]:
         return self._server.stats()

@@ -12,6 +12,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
+from common import metrics
 from common.checkpoint import choose_device
 from common.config import CacheConfig, ModelConfig
 from common.errors import OverloadedError, ServingError, UnavailableError
@@ -101,5 +102,6 @@ class LLMDeployment:
         return {"replica": serve.get_replica_context().replica_tag} | self._server.cache_report()
 
     async def check_health(self) -> None:
-        """Called by Serve; raising replaces the replica."""
+        """Called by Serve every few seconds; raising replaces the replica."""
+        metrics.repeat_gauges()
         self._server.engine.check_health()
