@@ -13,6 +13,7 @@ import typer
 
 from deploy import config_cli, media_cli
 from deploy.bench.cli import bench
+from deploy.progress import waiting
 
 app = typer.Typer(
     help="Serve vision-language models in two halves, with an embedding cache between them.",
@@ -216,7 +217,8 @@ def scale(
     report = progress()
     connection = service.connect(dashboard)
     service.scale(connection, deployment, replicas)
-    service.wait_until_scaled(connection, deployment, report)
+    with waiting("starting and stopping replicas"):
+        service.wait_until_scaled(connection, deployment, report)
 
 
 @app.command()
@@ -234,7 +236,8 @@ def update(
     connection = service.connect(dashboard)
     changed = service.changed(connection, settings or [], config)
     configuration.checked(changed)
-    service.update(connection, changed, report)
+    with waiting("replacing the replicas"):
+        service.update(connection, changed, report)
     report("the new version answers")
 
 

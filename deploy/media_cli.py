@@ -137,10 +137,11 @@ def export(file: Path, url: Url = _URL) -> None:
 def import_file(file: Path, url: Url = _URL) -> None:
     """Read an export. The service checks every embedding, and takes only those of its own model and version."""
     from deploy.media_client import MediaClient, check_export, read_export
+    from deploy.progress import track
 
     count = check_export(file)
     with MediaClient(url) as client:
-        for key, frame in read_export(file):
+        for key, frame in track(read_export(file), "importing", total=count):
             client.import_frame(key, frame)
     print(f"{count} embeddings imported")
 

@@ -15,10 +15,10 @@ from typing import Any, BinaryIO, Self
 
 import httpx2
 import xxhash
-from rich.progress import Progress
 
 from common.identity import mm_hash
 from deploy.client import TIMEOUT_S, ClientError
+from deploy.progress import track, waiting
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 
@@ -81,7 +81,8 @@ class MediaClient:
             with temporary.open("wb") as target, self._http.stream("GET", "/v1/cache/embeddings") as response:
                 if response.status_code != 200:
                     raise ClientError(self._message(response.status_code, response.read()))
-                count = write_export(target, response.iter_bytes())
+                with waiting("exporting"):
+                    count = write_export(target, response.iter_bytes())
             temporary.replace(file)
         except httpx2.HTTPError as exc:
             raise ClientError(f"the connection to {self._url} failed: {exc}") from exc
@@ -146,11 +147,9 @@ def warm(url: str, paths: Sequence[Path]) -> Warmed:
         except ClientError as exc:
             return "failed", f"{path}: {exc}"
 
-    with MediaClient(url) as client, Progress() as progress, ThreadPoolExecutor(_NUM_UPLOADS) as pool:
-        bar = progress.add_task("warming", total=len(paths))
-        for source, error in pool.map(one, paths):
+    with MediaClient(url) as client, ThreadPoolExecutor(_NUM_UPLOADS) as pool:
+        for source, error in track(pool.map(one, paths), "warming", total=len(paths)):
             _count(warmed, source, error)
-            progress.advance(bar)
     return warmed
 
 

@@ -21,6 +21,7 @@ from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from ray.exceptions import AuthenticationError
 
 from deploy.private_redis import end_private_servers
+from deploy.progress import waiting
 
 APPLICATION = "fovea"
 DEPLOYMENTS = ("encoder", "llm")
@@ -93,9 +94,10 @@ def ray_cluster(report: Report) -> Iterator[str]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # otherwise every start warns of a coming change
     address = os.environ.get("RAY_ADDRESS")
     report(f"connecting to Ray at {address}" if address else "starting Ray")
-    context = ray.init(
-        address=address, include_dashboard=None if address else True, log_to_driver=False, logging_level="ERROR"
-    )
+    with waiting("starting Ray"):
+        context = ray.init(
+            address=address, include_dashboard=None if address else True, log_to_driver=False, logging_level="ERROR"
+        )
     try:
         yield f"http://{context.dashboard_url}"
     finally:
@@ -122,9 +124,10 @@ def running_service(config: dict[str, Any], report: Report) -> Iterator[RunningS
         if APPLICATION in client.get_serve_details()["applications"]:
             raise ServiceError(f"{APPLICATION} is already running on this cluster; end it with `fovea down`")
         report("deploying")
-        client.deploy_applications(config)
         try:
-            wait_until_ready(client, url, report)
+            with waiting("starting the replicas"):
+                client.deploy_applications(config)
+                wait_until_ready(client, url, report)
             yield RunningService(url, dashboard)
         finally:
             with contextlib.suppress(RuntimeError):  # the cluster may be gone already

@@ -44,6 +44,7 @@ from common.media import FORMATS
 from deploy import service
 from deploy.app import EMBEDDED_MODEL, resolve_model
 from deploy.client import Answer, Client
+from deploy.progress import track
 from encoder_service.encoder import VisionEncoder, load_preprocessor
 from llm_service.config import EngineConfig
 from llm_service.server import decoder_description, library_versions, position_rule
@@ -108,7 +109,7 @@ def run(
     started = time.perf_counter()
     cases = [
         Case(name, image, prompt, *reference.answer(image, prompt, max_tokens))
-        for (name, image), prompt in product(pictures.items(), questions)
+        for (name, image), prompt in track(list(product(pictures.items(), questions)), "the one-piece model")
     ]
     reference_seconds = (time.perf_counter() - started) / len(cases)
     with _service(url, config, report) as running:
@@ -149,9 +150,9 @@ def compare(client: Client, cases: Sequence[Case], mode: str, max_tokens: int, r
     if mode == "batched":
         cases = [*cases, *cases]  # so that the default cases fill the pool
         with ThreadPoolExecutor(NUM_CONCURRENT) as pool:
-            answers = list(pool.map(ask, cases))
+            answers = list(track(pool.map(ask, cases), mode, total=len(cases)))
     else:
-        answers = [ask(case) for case in cases]
+        answers = [ask(case) for case in track(cases, mode)]
     seconds = (time.perf_counter() - started) / len(cases)
     different = [
         {"picture": case.name, "prompt": case.prompt, "expected": case.expected, "answer": answer.text}

@@ -175,8 +175,8 @@ class LLMServer:
         self.limits = model.limits
         if not geometry.max_pixels and (model.min_pixels or model.max_pixels):
             raise ValueError(
-                f"model.min_pixels and model.max_pixels have no effect on {decoder.half.config.model_type!r}, whose images all "
-                "get the sizes of its preprocessor_config.json"
+                f"model.min_pixels and model.max_pixels have no effect on {decoder.half.config.model_type!r}, whose "
+                "images all get the sizes of its preprocessor_config.json"
             )
         params = MediaParams(
             min_pixels=model.min_pixels or geometry.min_pixels, max_pixels=model.max_pixels or geometry.max_pixels

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from deploy.progress import waiting
 from deploy.shapes import CHECKPOINT
 
 _URL = "http://127.0.0.1:8000"
@@ -27,10 +28,11 @@ def cache(
     from deploy.bench import cache as transfers
     from deploy.bench import cache_faults
 
-    if faults:
-        cache_faults.run(num_requests=5 * rounds, output=output)
-    else:
-        transfers.run(rounds=rounds, output=output)
+    with waiting("measuring"):
+        if faults:
+            cache_faults.run(num_requests=5 * rounds, output=output)
+        else:
+            transfers.run(rounds=rounds, output=output)
 
 
 @bench.command()
@@ -92,7 +94,8 @@ def tiers(
     """What the local tier saves beside LRU on a replayed trace, and a hit beside the preprocessing of a miss."""
     from deploy.bench import tiers as policies
 
-    policies.run(output)
+    with waiting("replaying"):
+        policies.run(output)
 
 
 @bench.command()
@@ -106,12 +109,13 @@ def engine(
 
     from deploy.bench import engine as decoder
 
-    if not torch.cuda.is_available():
-        decoder.run_cpu(model or CHECKPOINT, output)
-    elif exactness:
-        decoder.exactness(output)
-    else:
-        decoder.run_gpu(output)
+    with waiting("measuring"):
+        if not torch.cuda.is_available():
+            decoder.run_cpu(model or CHECKPOINT, output)
+        elif exactness:
+            decoder.exactness(output)
+        else:
+            decoder.run_gpu(output)
 
 
 @bench.command("bad-input")
@@ -123,4 +127,5 @@ def bad_input(
     """How long a request that can never be answered takes to be refused, and what that costs the event loop."""
     from deploy.bench import bad_input as refusals
 
-    refusals.run(model, rounds, output)
+    with waiting("measuring"):
+        refusals.run(model, rounds, output)
