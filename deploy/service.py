@@ -7,6 +7,7 @@ the other alone.
 import contextlib
 import copy
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -94,7 +95,7 @@ def ray_cluster(report: Report) -> Iterator[str]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # otherwise every start warns of a coming change
     address = os.environ.get("RAY_ADDRESS")
     report(f"connecting to Ray at {address}" if address else "starting Ray")
-    with waiting("starting Ray"):
+    with waiting("starting Ray"), _no_interrupts():
         context = ray.init(
             address=address, include_dashboard=None if address else True, log_to_driver=False, logging_level="ERROR"
         )
@@ -104,6 +105,19 @@ def ray_cluster(report: Report) -> Iterator[str]:
         if not address:
             end_private_servers()
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """Processes that are started here ignore Ctrl-C for good.
+
+    A terminal sends it to all of them, and parts of Ray's dashboard would end, through which the application is removed.
+    """
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @dataclass(frozen=True, slots=True)

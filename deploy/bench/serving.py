@@ -160,15 +160,11 @@ def percentiles(name: str, seconds: Sequence[float]) -> dict[str, float | None]:
 
 
 def shown(row: dict[str, Any]) -> dict[str, Any]:
-    """The columns of the table on the screen."""
+    """The columns of the table on the screen: medians and 99th percentiles in milliseconds."""
 
-    def three(name: str) -> str:
-        values = [row[f"{name}_p{percent}_ms"] for percent in (50, 90, 99)]
-        return (
-            "-"
-            if values[0] is None
-            else " / ".join(f"{value:.3g}" if value < 1000 else f"{value:.0f}" for value in values)
-        )
+    def times(name: str) -> str:
+        median, last = row[f"{name}_p50_ms"], row[f"{name}_p99_ms"]
+        return "-" if median is None else f"{median:.{1 if median < 10 else 0}f} / {last:.0f}"
 
     def share(name: str) -> str:
         return "-" if row[name] is None else f"{row[name]:.0%}"
@@ -178,13 +174,13 @@ def shown(row: dict[str, Any]) -> dict[str, Any]:
         "ok": f"{row['requests'] - row['errors']}/{row['requests']}",
         "req/s": row["req_s"],
         "tok/s": row["out_tok_s"],
-        "TTFT p50/90/99 ms": three("ttft"),
-        "ITL ms": three("itl"),
-        "E2E ms": three("e2e"),
+        "TTFT p50 / p99": times("ttft"),
+        "ITL": times("itl"),
+        "E2E": times("e2e"),
         "hits": share("hits"),
         "good": share("good"),
-        "good req/s": row["good_req_s"],
-        "probe ms": three("probe"),
+        "good/s": row["good_req_s"],
+        "probe": times("probe"),
     }
 
 
