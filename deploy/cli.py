@@ -101,9 +101,7 @@ def up(
     with service.running_service(deployed, report) as running:
         if running.dashboard != _DASHBOARD:
             report(f"manage it with --dashboard {running.dashboard}")
-        report(
-            f"ready at {running.url}/v1, with a page to try it on at {running.url} - end with Ctrl-C or `fovea down`"
-        )
+        report(f"ready at {running.url}/v1, a page to try it on at {running.url} - end with Ctrl-C or `fovea down`")
         service.wait_until_stopped(running.url)
         report("stopping")
 

@@ -111,7 +111,7 @@ def ray_cluster(report: Report) -> Iterator[str]:
 def _no_interrupts() -> Iterator[None]:
     """Processes that are started here ignore Ctrl-C for good.
 
-    A terminal sends it to all of them, and parts of Ray's dashboard would end, through which the application is removed.
+    A terminal sends it to all of them, and parts of Ray's dashboard would end, by which the application is removed.
     """
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

@@ -63,7 +63,9 @@ def run(endpoint: Endpoint, settings: Settings, *, output: Path, picture: Path) 
     """Prints a table, writes the figures and a plot. Raises ClientError if the service answers nothing at all."""
     plot.check_installed()
     rows = asyncio.run(_measure(endpoint, settings))
-    report.show(f"{settings.workload} at {endpoint.model}; good: {settings.slo}", [shown(row) for row in rows])
+    report.show(
+        f"{settings.workload} at {endpoint.model}: p50 / p99 in ms; good: {settings.slo}", [shown(row) for row in rows]
+    )
     result = {
         "circumstances": report.circumstances(),
         "model": endpoint.model,
@@ -100,7 +102,7 @@ async def _idle_probes(endpoint: Endpoint, settings: Settings, random: Generator
     started = time.perf_counter()
     async with probing(endpoint, settings.probe_rate, lambda: probe(random)) as probes:
         await asyncio.sleep(IDLE_PROBE_S)
-    return summary("probes alone", [], probes, time.perf_counter() - started, settings.slo)
+    return summary("no load", [], probes, time.perf_counter() - started, settings.slo)
 
 
 async def _point(
@@ -174,7 +176,7 @@ def shown(row: dict[str, Any]) -> dict[str, Any]:
         "ok": f"{row['requests'] - row['errors']}/{row['requests']}",
         "req/s": row["req_s"],
         "tok/s": row["out_tok_s"],
-        "TTFT p50 / p99": times("ttft"),
+        "TTFT": times("ttft"),
         "ITL": times("itl"),
         "E2E": times("e2e"),
         "hits": share("hits"),

@@ -103,7 +103,7 @@ def test_probes_run_alone_and_beside_the_load(tmp_path: Path, monkeypatch: pytes
         arguments = ("--concurrency", "1", "--requests", "3", "--probe-rate", "20", "--image", "32x32")
         found = bench(url, tmp_path, *arguments)
     alone, beside = found["rows"]
-    assert alone["load"] == "probes alone" and alone["requests"] == 0
+    assert alone["load"] == "no load" and alone["requests"] == 0
     assert alone["probe_p50_ms"] and beside["probe_p50_ms"]
     assert sum(request["max_tokens"] == 1 for request in requests) >= 6
 
