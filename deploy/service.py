@@ -95,7 +95,7 @@ def ray_cluster(report: Report) -> Iterator[str]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # otherwise every start warns of a coming change
     address = os.environ.get("RAY_ADDRESS")
     report(f"connecting to Ray at {address}" if address else "starting Ray")
-    with waiting("starting Ray"), _no_interrupts():
+    with waiting("starting Ray"), _signals_kept():
         context = ray.init(
             address=address, include_dashboard=None if address else True, log_to_driver=False, logging_level="ERROR"
         )
@@ -108,16 +108,20 @@ def ray_cluster(report: Report) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _no_interrupts() -> Iterator[None]:
-    """Processes that are started here ignore Ctrl-C for good.
+def _signals_kept() -> Iterator[None]:
+    """Processes that are started here ignore Ctrl-C for good, and this one's handlers stay what they are.
 
     A terminal sends it to all of them, and parts of Ray's dashboard would end, by which the application is removed.
+    Ray's own handler of SIGTERM ends a process on the spot.
     """
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    terminate = signal.getsignal(signal.SIGTERM)
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, interrupt)
+        if terminate is not signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, terminate)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Ctrl-C in a terminal, which reaches every process of the command, leaves the cluster able to end in order."""
+"""Ctrl-C in a terminal, which reaches every process of the command, and SIGTERM end a service in order."""
 
 import os
 import signal
@@ -10,7 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PROGRAM = """
+import signal
 import time
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 from deploy import service
 with service.ray_cluster(lambda line: None) as dashboard:
     client = service.connect(dashboard)
@@ -25,7 +27,8 @@ with service.ray_cluster(lambda line: None) as dashboard:
 
 
 @pytest.mark.serve
-def test_dashboard_answers_after_control_c() -> None:
+@pytest.mark.parametrize("terminate", [False, True], ids=["control-c", "sigterm"])
+def test_dashboard_answers_when_the_command_is_told_to_end(terminate: bool) -> None:
     environment = os.environ | {"RAY_AUTH_MODE": "token"}
     with subprocess.Popen(
         [sys.executable, "-c", PROGRAM],
@@ -38,7 +41,10 @@ def test_dashboard_answers_after_control_c() -> None:
         assert process.stdout is not None
         try:
             assert process.stdout.readline() == "running\n"
-            os.killpg(process.pid, signal.SIGINT)
+            if terminate:
+                process.terminate()
+            else:
+                os.killpg(process.pid, signal.SIGINT)
             assert process.communicate(timeout=60)[0] == "answers\n"
             assert process.returncode == 0
         finally:
