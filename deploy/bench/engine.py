@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import count, product
 from pathlib import Path
 from typing import Any, Literal
@@ -58,7 +59,7 @@ def run_gpu(output: Path, *, concurrencies: Sequence[int] = (1, 64, 256)) -> Non
         begin = time.perf_counter()
         loaded = load_half(ModelConfig(path=directory, load_format="dummy", device="cuda"), "language")
         weights_s = time.perf_counter() - begin
-    result: dict[str, Any] = circumstances(gpu=torch.cuda.get_device_name(), triton=_triton_version())
+    result: dict[str, Any] = circumstances(gpu=torch.cuda.get_device_name(), triton=version("triton"))
     result["shape"] = QWEN2_VL_2B["text_config"]
     tables: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for numerics in NUMERICS:
@@ -406,9 +407,3 @@ def run_cpu(model: Path, output: Path, *, num_requests: int = 16, num_tokens: in
     ]
     show(f"{num_requests} requests of 40 to 120 tokens, {num_tokens} tokens of answer each", rows)
     write(output, circumstances(threads=str(torch.get_num_threads())) | {"concurrency": rows})
-
-
-def _triton_version() -> str:
-    import triton
-
-    return str(triton.__version__)

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 from common.checkpoint import LoadedHalf, text_model_and_head
 from common.errors import InvalidRequestError
 from common.families import MropeRule
@@ -14,6 +16,10 @@ from llm_service.engine.model_runner import ModelRunner, TransformersRunner
 from llm_service.engine.request import Request, RequestOutput, SamplingParams
 from llm_service.engine.sampler import SampledTokens, Sampler
 from llm_service.engine.scheduler import Scheduler, SchedulerOutput
+
+if torch.cuda.is_available():  # Triton comes with the CUDA builds of torch only
+    from llm_service.engine.cuda_runner import CudaModelRunner
+    from llm_service.engine.fused_decoder import is_supported
 
 FAST_PREFIX_MULTIPLE = 16  # tokens; in `fast` numerics prefixes are reused in parts of a block, however large it is
 MAX_LOGPROBS = 20
@@ -166,13 +172,8 @@ class LLMEngine:
 
 def make_model_runner(loaded: LoadedHalf, config: EngineConfig, *, exact: bool) -> ModelRunner:
     """Of own kernels where there is a GPU and they know the layers, else of transformers' modules."""
-    if loaded.device.type == "cuda":
-        # Triton comes with the CUDA builds of torch only.
-        from llm_service.engine.cuda_runner import CudaModelRunner
-        from llm_service.engine.fused_decoder import is_supported
-
-        if is_supported(text_model_and_head(loaded.model)[0]):
-            return CudaModelRunner(loaded, config, exact=exact)
+    if loaded.device.type == "cuda" and is_supported(text_model_and_head(loaded.model)[0]):
+        return CudaModelRunner(loaded, config, exact=exact)
     return TransformersRunner(loaded, config, exact=exact)
 
 
