@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXIT ?=
 
-.PHONY: setup demo test check soak screenshots clean
+.PHONY: setup demo test check soak clients screenshots clean
 
 setup: .venv/ready
 
@@ -28,9 +28,12 @@ check: setup ## formatting, lint, types
 soak: setup ## the same tests at full counts
 	$(BIN)/python -m pytest
 
+clients: setup ## official clients, each in an environment of its own, against a running service
+	$(BIN)/python tests/clients/run.py
+
 screenshots: setup ## the pictures of the page in docs/, made by its browser test
 	mkdir -p docs
 	$(BIN)/python -m pytest tests/test_page.py --screenshots=docs
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-clients build *.egg-info

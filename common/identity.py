@@ -1,6 +1,6 @@
 """What makes two embeddings the same thing, and nothing else does."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import blake3
 
@@ -44,6 +44,10 @@ class EmbeddingNamespace:
     def __str__(self) -> str:
         values = ((field.name, str(getattr(self, field.name))) for field in fields(self))
         return framed_digest(*(text for pair in values for text in pair))
+
+    def of(self, tenant: str) -> "EmbeddingNamespace":
+        """The same for the embeddings of one tenant."""
+        return replace(self, tenant=tenant)
 
     def key(self, mm_hash: str, params: str) -> str:
         """The cache key of one image under these circumstances."""

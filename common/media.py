@@ -1,13 +1,14 @@
 """What is sent to be encoded, and what an image's header alone says: type, size, orientation. No pixels here."""
 
 import io
+import time
 from dataclasses import dataclass
 
 from PIL import ExifTags, Image
 
 from common.config import ImageLimits
 from common.embedding import Grid
-from common.errors import InvalidRequestError, PayloadTooLargeError
+from common.errors import DeadlineExceededError, InvalidRequestError, PayloadTooLargeError
 from common.geometry import ImageGeometry
 from common.identity import mm_hash
 
@@ -42,15 +43,25 @@ class MediaParams:
 
 @dataclass(frozen=True, slots=True)
 class MediaItem:
-    """One image to be encoded: its bytes as sent, their `mm_hash`, and the params."""
+    """One image to be encoded: its bytes as sent, their `mm_hash`, and the params.
+
+    Its embedding is `tenant`'s alone. After `deadline`, in Unix time, nobody waits for it any more.
+    """
 
     data: bytes
     mm_hash: str
     params: MediaParams
+    tenant: str = ""
+    deadline: float | None = None
 
     @classmethod
-    def of(cls, data: bytes, params: MediaParams) -> "MediaItem":
-        return cls(data=data, mm_hash=mm_hash(data), params=params)
+    def of(cls, data: bytes, params: MediaParams, tenant: str = "") -> "MediaItem":
+        return cls(data=data, mm_hash=mm_hash(data), params=params, tenant=tenant)
+
+    def check_deadline(self) -> None:
+        """Raises DeadlineExceededError, so that no time is spent on what nobody waits for."""
+        if self.deadline is not None and time.time() > self.deadline:
+            raise DeadlineExceededError("the time limit of the request is over", code="deadline_exceeded")
 
 
 @dataclass(frozen=True, slots=True)

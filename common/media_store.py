@@ -181,7 +181,7 @@ class MediaStore:
         `embedding_bytes` counts against the limit on pins, beside the source. `pin` None leaves a pin as it is.
         """
         digest = mm_hash(source)
-        media_id = _media_id(tenant, digest)
+        media_id = media_id_of(tenant, digest)
         known = await self._find(media_id, tenant)
         pinned = bool(pin) if pin is not None or known is None else known.pinned
         if pinned and ttl_s is not None:
@@ -248,8 +248,9 @@ class MediaStore:
         record = await self.get(media_id, tenant)
         # First the media, so that nobody encodes it anew after having heard; and it makes room for the log's entry.
         await self._storage.remove(_record_name(media_id, tenant), _source_name(media_id))
+        suffix = f"/{tenant}" if tenant else ""
         for digest in sorted({record.mm_hash, *await self._take_copies(record.mm_hash, tenant)}):
-            await self._storage.append(digest)
+            await self._storage.append(digest + suffix)
         await self._storage.release(media_id)
         return record
 
@@ -307,7 +308,7 @@ class MediaStore:
         return None if bound is None else await self._find(bound.decode(errors="replace"), tenant)
 
     async def deletions(self, after: str) -> list[tuple[str, str]]:
-        """Position in the log, and the digest that was deleted, EVERYTHING, or QUARANTINE and a namespace."""
+        """Position in the log, and what was deleted, EVERYTHING, or QUARANTINE and a namespace: see discard_from()."""
         return await self._storage.events(after)
 
     async def last_deletion(self) -> str:
@@ -371,15 +372,23 @@ class MediaStore:
         return is_new
 
 
-def discard_from(cache: EmbeddingCache, event: str) -> str | None:
-    """Does in one process what an event of the log says. Returns the `mm_hash` of the image, if it is about one."""
+class Deletion(NamedTuple):
+    """An image that was deleted, and whose it was."""
+
+    mm_hash: str
+    tenant: str
+
+
+def discard_from(cache: EmbeddingCache, event: str) -> Deletion | None:
+    """Does in one process what an event of the log says. Returns the image, if it is about one."""
     if event == EVERYTHING:
         cache.clear_local()
     elif event.startswith(QUARANTINE):
         cache.quarantine(event.removeprefix(QUARANTINE))
     else:
-        cache.discard_image(event)
-        return event
+        mm_hash, _, tenant = event.partition("/")
+        cache.discard_image(mm_hash)
+        return Deletion(mm_hash, tenant)
     return None
 
 
@@ -744,7 +753,7 @@ def _decoded(members: Any) -> set[str]:
     return {member.decode() for member in members}
 
 
-def _media_id(tenant: str, digest: str) -> str:
+def media_id_of(tenant: str, digest: str) -> str:
     return "media-" + framed_digest("media", tenant, digest)
 
 

@@ -205,6 +205,9 @@ images_encoded = Counter("fovea_images_encoded_total", "images that went through
 encode_seconds = Histogram("fovea_encode_seconds", "from the bytes of an image to its packed embedding", _SECONDS)
 requests = Counter("fovea_requests_total", "answered requests", "status")
 ignored_fields = Counter("fovea_ignored_fields_total", "unknown fields of requests, which are ignored")
+streams_cut = Counter(
+    "fovea_streams_cut_total", "streams that ended in an error event, or whose client left before their end"
+)
 
 num_requests_running = Gauge("fovea_num_requests_running", "requests in the batch of an engine")
 num_requests_waiting = Gauge("fovea_num_requests_waiting", "requests that wait for a place in the batch")

@@ -13,7 +13,7 @@ from deploy.private_redis import with_private_servers
 from deploy.shapes import CHECKPOINT
 from encoder_service.config import EncoderConfig
 from encoder_service.deployment import EncoderDeployment
-from llm_service.config import EngineConfig
+from llm_service.config import ApiConfig, EngineConfig
 from llm_service.deployment import LLMDeployment
 
 APPLICATION = "fovea"
@@ -27,6 +27,7 @@ class AppConfig(Config):
     encoder: EncoderConfig = EncoderConfig()
     engine: EngineConfig = EngineConfig()
     cache: CacheConfig = CacheConfig()
+    api: ApiConfig = ApiConfig()
     backend: Literal["split", "transformers"] = Field(
         "split", description="`transformers`: the one-piece model in the `llm` deployment alone, as a baseline"
     )
@@ -42,7 +43,7 @@ def build_app(config: AppConfig) -> serve.Application:
         baseline: serve.Application = OnePieceDeployment.bind(model, config.engine, cache)  # type: ignore[attr-defined]
         return baseline
     encoder = EncoderDeployment.bind(model, config.encoder, cache)  # type: ignore[attr-defined]  # by Serve's decorator
-    application: serve.Application = LLMDeployment.bind(model, config.engine, cache, encoder)  # type: ignore[attr-defined]
+    application: serve.Application = LLMDeployment.bind(model, config.engine, cache, config.api, encoder)  # type: ignore[attr-defined]
     return application
 
 

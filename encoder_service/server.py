@@ -56,7 +56,7 @@ class EncoderServer:
         self._in_flight: SingleFlight[bytes] = SingleFlight()
         self._cache = cache
         self._producer = producer
-        self._alias = None if alias_store is None else PixelAlias(alias_store, self._encoder.namespace)
+        self._alias_store = alias_store
         self._params: set[str] = set()  # of all images so far: a few, because requests choose among the details
         self.num_encoded = 0
 
@@ -67,12 +67,12 @@ class EncoderServer:
     async def encode(self, item: MediaItem) -> bytes:
         """The packed embedding of one image. Identical images in flight are encoded once.
 
-        Raises InvalidRequestError for bad bytes and OverloadedError when too many images wait.
+        Raises InvalidRequestError for bad bytes, OverloadedError when too many images wait, and DeadlineExceededError.
         """
         if mm_hash(item.data) != item.mm_hash:
             raise InvalidRequestError("the image bytes do not match their mm_hash")
         self._params.add(str(item.params))
-        key = self._encoder.namespace.key(item.mm_hash, str(item.params))
+        key = self._encoder.namespace.of(item.tenant).key(item.mm_hash, str(item.params))
         return await self._in_flight.run(key, lambda: self._find_or_encode(key, item))
 
     async def audit(self, item: MediaItem, namespace: str, digest: str) -> bool | None:
@@ -81,7 +81,7 @@ class EncoderServer:
         If not, this replica uses no stored embedding of its namespace any more. None: the digest is of another
         namespace, so that nothing can be said.
         """
-        if namespace != str(self._encoder.namespace):
+        if namespace != str(self._encoder.namespace.of(item.tenant)):
             return None
         await self._batcher.idle()
         embedding = await self._encode(item)
@@ -92,11 +92,12 @@ class EncoderServer:
 
     async def discard(self, event: str) -> None:
         """Discards what an event of the log of deletions names."""
-        mm_hash = discard_from(self._cache, event)
-        if mm_hash is None:
+        deleted = discard_from(self._cache, event)
+        if deleted is None:
             return
+        namespace = self._encoder.namespace.of(deleted.tenant)
         for params in self._params:  # what was published a moment ago need not be in the local tier any more
-            self._cache.discard(self._encoder.namespace.key(mm_hash, params))
+            self._cache.discard(namespace.key(deleted.mm_hash, params))
 
     def stats(self) -> dict[str, Any]:
         """How many images this replica has encoded and is working on, in JSON's types."""
@@ -113,7 +114,7 @@ class EncoderServer:
             hit = await self._cache.wait_for(key, spec, self._producer)
         if hit is not None:
             return bytes(hit.data)  # itself, if it is that already
-        if self._alias is not None and (copy := await self._copy(self._alias, item, spec)):
+        if self._alias_store is not None and (copy := await self._copy(self._alias_store, item, spec)):
             data, packed = await self._on_thread(self._pack, key, copy)
             self._cache.put_local(key, data, packed, since=since)  # the shared tier has it already, as the copy's
             return data
@@ -124,9 +125,10 @@ class EncoderServer:
         self._cache.put(key, data, packed, since=since)
         return data
 
-    async def _copy(self, alias: PixelAlias, item: MediaItem, spec: EmbeddingSpec) -> VisionEmbedding | None:
-        """The embedding of another file with the same pixels."""
-        namespace = self._encoder.namespace
+    async def _copy(self, store: MediaStore, item: MediaItem, spec: EmbeddingSpec) -> VisionEmbedding | None:
+        """The embedding of another file of the tenant's with the same pixels."""
+        namespace = self._encoder.namespace.of(item.tenant)
+        alias = PixelAlias(store, namespace)
         pixels = await self._on_thread(pixel_digest, item.data, self._limits, str(namespace))
         copies = await _soon(alias.copies(pixels, item.mm_hash))
         for copy in (copies or [])[:_MAX_COPIES]:
@@ -138,8 +140,10 @@ class EncoderServer:
         return None
 
     async def _encode(self, item: MediaItem) -> VisionEmbedding:
+        item.check_deadline()
         with span("preprocess", image=item.mm_hash):
             image, preprocess_ms = await self._on_thread(self._preprocess_and_time, item)
+        item.check_deadline()
         with span("vision", image=item.mm_hash):
             embedding = await self._batcher.submit(image)
         self.num_encoded += 1

@@ -139,16 +139,18 @@ def answer_key(
     prompt_token_ids: Sequence[int],
     sampling_params: SamplingParams,
     stop: Sequence[str],
+    salt: str,
     image_keys: Sequence[str],
     image_secrets: Sequence[str] = (),
 ) -> str:
     """A digest of everything that a greedy answer depends on, and of what ends with its images.
 
-    The fingerprint names the tenant too.
+    `salt` keeps tenants apart.
     """
     parameters = asdict(sampling_params) | {"stop_token_ids": sorted(sampling_params.stop_token_ids)}
     return framed_digest(
         fingerprint,
+        salt,
         json.dumps(list(prompt_token_ids)),
         json.dumps(parameters),
         json.dumps(list(stop)),

@@ -1,55 +1,55 @@
-"""Messages of any API -> text and image bytes in the order in which the model sees them."""
+"""Messages of chat completions -> text, image parts and tool calls, in the order in which the model sees them."""
 
-import base64
-import binascii
+import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from common.config import ImageLimits
-from common.errors import InvalidRequestError, PayloadTooLargeError
-from common.identity import mm_hash
+from common.errors import InvalidRequestError
+from llm_service.image_parts import AnyImagePart, ImagePart, MediaPart, UrlPart, parse_image_part, parse_reference
 
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+__all__ = ["AnyImagePart", "ChatMessage", "ImagePart", "MediaPart", "Tool", "ToolCall", "UrlPart", "parse_messages"]
 
-Detail = Literal["auto", "low", "high", "original"]
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 
-# RFC 2397 with base64: data:image/png;charset=x;base64,....; scheme and type are case-insensitive
-_DATA_URL = re.compile(r"data:(?P<type>[^;,]*)(?P<parameters>(?:;[^;,]*)*),(?P<data>.*)", re.IGNORECASE | re.DOTALL)
-
-_ALIAS = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_BLAKE3 = re.compile(r"[0-9A-Fa-f]{64}")
-
-
-@dataclass(frozen=True, slots=True)
-class ImagePart:
-    """`field` is where the image stood in the request, for error messages; `alias` is its `uuid`, if it has one."""
-
-    data: bytes
-    detail: Detail
-    field: str
-    alias: str | None = None
+_MAX_MESSAGES = 1024
+_MAX_TOOLS = 128
+_MAX_SCHEMA_BYTES = 64 * 1024
+_FUNCTION_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 
 
 @dataclass(frozen=True, slots=True)
-class MediaPart:
-    """An image that is in the media store already, by its id or by an alias; `field` is where the name stood."""
+class ToolCall:
+    """A call that the model made in an earlier turn."""
+
+    id: str
+    name: str
+    arguments: dict[str, Any]
+
+    def for_template(self) -> dict[str, Any]:
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that the model may call. `parameters` is a JSON schema."""
 
     name: str
-    is_alias: bool
-    detail: Detail
-    field: str
-    content_hash: str | None = None
+    description: str | None = None
+    parameters: dict[str, Any] = field(default_factory=dict)
 
-
-AnyImagePart = ImagePart | MediaPart
+    def for_template(self) -> dict[str, Any]:
+        described = {} if self.description is None else {"description": self.description}
+        return {"type": "function", "function": {"name": self.name, **described, "parameters": self.parameters}}
 
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
     role: str
     content: list[str | AnyImagePart]
+    tool_calls: tuple[ToolCall, ...] = ()
 
     @property
     def text(self) -> str:
@@ -57,149 +57,144 @@ class ChatMessage:
 
     def for_template(self, *, string_content: bool = True) -> dict[str, Any]:
         """What chat templates expect: parts in which an image is a bare marker, or the text as a string."""
+        calls = {"tool_calls": [call.for_template() for call in self.tool_calls]} if self.tool_calls else {}
         if string_content and all(isinstance(part, str) for part in self.content):
-            return {"role": self.role, "content": self.text}
+            return {"role": self.role, "content": self.text, **calls}
         parts = [
             {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in self.content
         ]
-        return {"role": self.role, "content": parts}
+        return {"role": self.role, "content": parts, **calls}
 
 
 def parse_messages(messages: Sequence[Mapping[str, Any]], limits: ImageLimits) -> list[ChatMessage]:
     """Raises InvalidRequestError with the path of the first field that is wrong."""
+    return checked(
+        [_parse_message(message, f"messages[{index}]", limits) for index, message in enumerate(messages)], limits
+    )
+
+
+def checked(messages: list[ChatMessage], limits: ImageLimits, param: str = "messages") -> list[ChatMessage]:
+    """Messages of any API, within the limits on their numbers."""
     if not messages:
-        raise InvalidRequestError("messages must not be empty", param="messages")
-    parsed = [_parse_message(message, f"messages[{index}]", limits) for index, message in enumerate(messages)]
-    num_images = len(images_of(parsed))
+        raise InvalidRequestError(f"{param} must not be empty", param=param)
+    if len(messages) > _MAX_MESSAGES:
+        raise InvalidRequestError(f"{len(messages)} messages were sent, the limit is {_MAX_MESSAGES}", param=param)
+    num_images = len(images_of(messages))
     if num_images > limits.max_images:
         raise InvalidRequestError(
             f"{num_images} images were sent, the limit is {limits.max_images} (limits.max_images)",
-            param="messages",
+            param=param,
             code="too_many_images",
         )
-    return parsed
+    return messages
 
 
 def images_of(messages: Sequence[ChatMessage]) -> list[AnyImagePart]:
     return [part for message in messages for part in message.content if not isinstance(part, str)]
 
 
-def decode_data_url(url: str, field: str, limits: ImageLimits) -> bytes:
-    """The bytes of a base64 `data:` URL whose type is an image's. What the bytes really hold is found out later."""
-    match = _DATA_URL.fullmatch(url.strip())
-    if match is None:
-        raise InvalidRequestError(
-            "images are sent as data URLs (data:image/png;base64,...); fetching other URLs is off",
-            param=field,
-            code="invalid_image_url",
-        )
-    if not match["type"].strip().lower().startswith("image/"):
-        raise InvalidRequestError(
-            f"the data URL has the type {match['type'][:64]!r}, not an image's", param=field, code="invalid_image_url"
-        )
-    if ";base64" not in match["parameters"].lower():
-        raise InvalidRequestError("the data URL is not base64", param=field, code="invalid_base64")
-    if len(match["data"]) > limits.max_image_bytes * 4 // 3 + 4:
-        raise PayloadTooLargeError(
-            f"the image has more than {limits.max_image_bytes} bytes (limits.max_image_bytes)",
-            param=field,
-            code="image_too_large",
-        )
+def checked_tools(tools: Sequence[Tool], param: str = "tools") -> tuple[Tool, ...]:
+    """Tools of any API, within the limits. Raises InvalidRequestError with the path of the first that is wrong."""
+    if len(tools) > _MAX_TOOLS:
+        raise InvalidRequestError(f"{len(tools)} tools were sent, the limit is {_MAX_TOOLS}", param=param)
+    for index, tool in enumerate(tools):
+        if not _FUNCTION_NAME.fullmatch(tool.name):
+            raise InvalidRequestError(
+                "a function's name has 1 to 128 of the characters A-Z a-z 0-9 . _ -", param=f"{param}[{index}].name"
+            )
+        num_bytes = len(json.dumps(tool.parameters))
+        if num_bytes > _MAX_SCHEMA_BYTES:
+            raise InvalidRequestError(
+                f"the schema has {num_bytes} bytes, the limit is {_MAX_SCHEMA_BYTES}", param=f"{param}[{index}]"
+            )
+    if len({tool.name for tool in tools}) < len(tools):
+        raise InvalidRequestError("two tools have the same name", param=param)
+    return tuple(tools)
+
+
+def parse_arguments(text: object, field: str) -> dict[str, Any]:
+    """The arguments of a call as OpenAI's APIs carry them: an object, in JSON, in a string."""
     try:
-        return base64.b64decode("".join(match["data"].split()), validate=True)
-    except (binascii.Error, ValueError) as exc:
-        raise InvalidRequestError("the data URL is not valid base64", param=field, code="invalid_base64") from exc
+        arguments = json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise InvalidRequestError("arguments must be a string with a JSON object", param=field)
+    return arguments
+
+
+def parse_content(
+    content: object, field: str, parse_part: Callable[[Mapping[str, Any], str], str | AnyImagePart]
+) -> list[str | AnyImagePart]:
+    """The content of a message of any API: a string, or parts."""
+    if isinstance(content, str):
+        return [content]
+    if not isinstance(content, list):
+        raise InvalidRequestError("content must be a string or a list of parts", param=field)
+    parts = []
+    for index, part in enumerate(content):
+        if not isinstance(part, Mapping):
+            raise InvalidRequestError("a content part must be an object", param=f"{field}[{index}]")
+        parts.append(parse_part(part, f"{field}[{index}]"))
+    return parts
+
+
+def parse_text(part: Mapping[str, Any], field: str, name: str = "text") -> str:
+    text = part.get(name)
+    if not isinstance(text, str):
+        raise InvalidRequestError(f"{name} must be a string", param=f"{field}.{name}")
+    return text
+
+
+def unsupported_part(kind: object, field: str, supported: Sequence[str]) -> InvalidRequestError:
+    names = ", ".join(repr(name) for name in supported)
+    return InvalidRequestError(
+        f"content parts of type {str(kind)[:64]!r} are not supported; supported are {names}",
+        param=f"{field}.type",
+        code="unsupported_content_part",
+    )
 
 
 def _parse_message(message: Mapping[str, Any], field: str, limits: ImageLimits) -> ChatMessage:
     role = message.get("role")
-    if role not in ROLES:
-        raise InvalidRequestError(f"role must be one of {sorted(ROLES)}, not {role!r}", param=f"{field}.role")
+    if not isinstance(role, str) or role not in ROLES:
+        raise InvalidRequestError(f"role must be one of {sorted(ROLES)}, not {str(role)[:64]!r}", param=f"{field}.role")
+    calls = _parse_tool_calls(message.get("tool_calls"), f"{field}.tool_calls") if role == "assistant" else ()
     content = message.get("content")
     if content is None and role == "assistant":
-        return ChatMessage(role=role, content=[])
-    if isinstance(content, str):
-        return ChatMessage(role=ROLES[role], content=[_checked_text(content, f"{field}.content")])
-    if not isinstance(content, list):
-        raise InvalidRequestError("content must be a string or a list of parts", param=f"{field}.content")
-    parts = [_parse_part(part, f"{field}.content[{index}]", limits) for index, part in enumerate(content)]
-    return ChatMessage(role=ROLES[role], content=parts)
+        return ChatMessage(role, [], calls)
+    if role == "tool" and not isinstance(message.get("tool_call_id"), str):
+        raise InvalidRequestError("a tool's message needs a tool_call_id", param=f"{field}.tool_call_id")
+    parts = parse_content(content, f"{field}.content", lambda part, where: _parse_part(part, where, limits))
+    return ChatMessage(ROLES[role], parts, calls)
 
 
-def _parse_part(part: object, field: str, limits: ImageLimits) -> str | AnyImagePart:
-    if not isinstance(part, Mapping):
-        raise InvalidRequestError("a content part must be an object", param=field)
-    match part.get("type"):
+def _parse_part(part: Mapping[str, Any], field: str, limits: ImageLimits) -> str | AnyImagePart:
+    kind = part.get("type") if "type" in part or "image_url" not in part else "image_url"
+    match kind:
         case "text":
-            text = part.get("text")
-            if not isinstance(text, str):
-                raise InvalidRequestError("text must be a string", param=f"{field}.text")
-            return _checked_text(text, f"{field}.text")
+            return parse_text(part, field)
+        case "refusal":
+            return parse_text(part, field, "refusal")
         case "image_url":
-            return _parse_image(part, field, limits)
+            return parse_image_part(part, field, limits)
         case "image_ref":
-            return _parse_reference(part, field)
+            return parse_reference(part, field)
         case other:
-            raise InvalidRequestError(
-                f"content parts of type {other!r} are not supported; supported are 'text', 'image_url' and 'image_ref'",
-                param=f"{field}.type",
-                code="unsupported_content_part",
-            )
+            raise unsupported_part(other, field, ("text", "image_url", "image_ref"))
 
 
-def _checked_text(text: str, field: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as exc:
-        raise InvalidRequestError("text must be valid Unicode, without lone surrogates", param=field) from exc
-    return text
+def _parse_tool_calls(calls: object, field: str) -> tuple[ToolCall, ...]:
+    if calls is None:
+        return ()
+    if not isinstance(calls, list):
+        raise InvalidRequestError("tool_calls must be a list", param=field)
+    return tuple(_parse_tool_call(call, f"{field}[{index}]") for index, call in enumerate(calls))
 
 
-def _parse_image(part: Mapping[str, Any], field: str, limits: ImageLimits) -> AnyImagePart:
-    alias = part.get("uuid")
-    if alias is not None and not (isinstance(alias, str) and _ALIAS.fullmatch(alias)):
-        raise InvalidRequestError("uuid must be 1 to 128 of the characters A-Z a-z 0-9 . _ : -", param=f"{field}.uuid")
-    image = part.get("image_url")
-    if image is None and alias is not None:
-        image = {}
-    if not isinstance(image, Mapping):
-        raise InvalidRequestError('image_url must be an object with a string "url"', param=f"{field}.image_url")
-    detail = _parse_detail(image, f"{field}.image_url")
-    content_hash = image.get("content_hash")
-    if content_hash is not None and not (isinstance(content_hash, str) and _BLAKE3.fullmatch(content_hash)):
-        raise InvalidRequestError(
-            "content_hash must be the BLAKE3 of the image's bytes, 64 hex digits",
-            param=f"{field}.image_url.content_hash",
-        )
-    if image.get("url") is None and alias is not None:
-        return MediaPart(alias, is_alias=True, detail=detail, field=f"{field}.uuid", content_hash=content_hash)
-    if not isinstance(image.get("url"), str):
-        raise InvalidRequestError('image_url must be an object with a string "url"', param=f"{field}.image_url")
-    data = decode_data_url(image["url"], f"{field}.image_url.url", limits)
-    check_content_hash(content_hash, mm_hash(data) if content_hash else "", f"{field}.image_url.content_hash")
-    return ImagePart(data=data, detail=detail, field=f"{field}.image_url.url", alias=alias)
-
-
-def check_content_hash(expected: str | None, found: str, field: str) -> None:
-    """Raises InvalidRequestError unless the digest that a caller expects is the one of the bytes."""
-    if expected is not None and expected.lower() != found:
-        raise InvalidRequestError(
-            f"the image's bytes have the BLAKE3 {found}, not {expected}", param=field, code="content_hash_mismatch"
-        )
-
-
-def _parse_reference(part: Mapping[str, Any], field: str) -> MediaPart:
-    media_id = part.get("media_id")
-    if not isinstance(media_id, str):
-        raise InvalidRequestError("media_id must be a string", param=f"{field}.media_id")
-    detail = _parse_detail(part, field)
-    return MediaPart(media_id, is_alias=False, detail=detail, field=f"{field}.media_id")
-
-
-def _parse_detail(source: Mapping[str, Any], field: str) -> Detail:
-    detail = source.get("detail") or "auto"
-    if detail not in get_args(Detail):
-        raise InvalidRequestError(
-            f"detail must be one of {list(get_args(Detail))}, not {detail!r}", param=f"{field}.detail"
-        )
-    return cast(Detail, detail)
+def _parse_tool_call(call: object, field: str) -> ToolCall:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(call, Mapping) or not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise InvalidRequestError("a tool call must be an object with a function that has a name", param=field)
+    arguments = parse_arguments(function.get("arguments"), f"{field}.function.arguments")
+    return ToolCall(str(call.get("id", "")), function["name"], arguments)

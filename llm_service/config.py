@@ -1,10 +1,10 @@
-"""The configuration of the LLM service's engine."""
+"""The configuration of the LLM service: its engine, and what it lets in."""
 
 from typing import Self
 
 from pydantic import Field, model_validator
 
-from common.config import Config
+from common.config import MIB, Config
 
 
 class EngineConfig(Config):
@@ -36,4 +36,55 @@ class EngineConfig(Config):
                 f"prefill_chunk_size {self.prefill_chunk_size} is above max_num_batched_tokens "
                 f"{self.max_num_batched_tokens}"
             )
+        return self
+
+
+class AdmissionConfig(Config):
+    """What the requests of one replica may hold together; more are refused with 503 and when there may be room."""
+
+    max_requests: int = Field(1024, ge=1, description="requests being answered")
+    max_held_bytes: int = Field(1024 * MIB, ge=1, description="bodies of requests being answered")
+    max_queued_prompt_tokens: int = Field(1_000_000, ge=1, description="prompt tokens before their first answer token")
+    max_queued_vision_tokens: int = Field(500_000, ge=1, description="image tokens that wait for their embeddings")
+
+
+class FetchConfig(Config):
+    """Images behind http(s) URLs. Off unless hosts are named, because the service then calls addresses it is given."""
+
+    allowed_hosts: tuple[str, ...] = Field(
+        (), description="`example.org`, `*.example.org` for all below it, `*` for any with a public address"
+    )
+    allow_http: bool = Field(False, description="http beside https")
+    max_redirects: int = Field(3, ge=0, description="each is checked like the first URL")
+    timeout_s: float = Field(5.0, gt=0, description="for one image, redirects included")
+
+
+class ApiKey(Config):
+    """Who may call, and how much. Counted by each replica."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$", description="for messages and logs")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="of the key; the key itself is nowhere")
+    tenant: str = Field(
+        "", pattern=r"^[A-Za-z0-9._-]{0,64}$", description="keys of one tenant share embeddings, KV blocks and media"
+    )
+    admin: bool = Field(False, description="may use /v1/cache, where that is on")
+    max_concurrent_requests: int | None = Field(None, ge=1)
+    max_requests_per_minute: int | None = Field(None, ge=1)
+
+
+class ApiConfig(Config):
+    """The HTTP surface."""
+
+    keys: tuple[ApiKey, ...] = Field((), description="without any, everybody may call")
+    max_body_bytes: int = Field(32 * MIB, ge=1, description="body of one request")
+    body_timeout_s: float = Field(30.0, gt=0, description="longest pause inside a body")
+    timeout_s: float | None = Field(None, gt=0, description="limit of requests without x-request-timeout-seconds")
+    admission: AdmissionConfig = AdmissionConfig()
+    fetch: FetchConfig = FetchConfig()
+
+    @model_validator(mode="after")
+    def _keys_differ(self) -> Self:
+        for field in ("name", "sha256"):
+            if len({getattr(key, field) for key in self.keys}) < len(self.keys):
+                raise ValueError(f"two keys have the same {field}")
         return self

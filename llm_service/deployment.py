@@ -6,6 +6,8 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
+import httpx2
+import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
@@ -23,12 +25,15 @@ from common.media_store import open_media_store
 from common.redis_store import open_cache
 from llm_service.answer_cache import open_answer_cache
 from llm_service.api.app import create_app
-from llm_service.config import EngineConfig
+from llm_service.config import ApiConfig, EngineConfig
 from llm_service.server import LLMServer
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_METRIC = "ray_fovea_"
+_METRICS_TIMEOUT_S = 2.0
 
 
 class EncoderHandle:
@@ -77,12 +82,33 @@ class EncoderHandle:
             raise UnavailableError(f"the encoder service gave no answer within {self.TIMEOUT_S:.0f} s") from exc
 
 
+async def cluster_metrics() -> str:
+    """Fovea's metrics of all replicas, as the agents of Ray's nodes export them every few seconds."""
+    nodes = await asyncio.to_thread(ray.nodes)
+    urls = [
+        f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in nodes if node["Alive"]
+    ]
+    async with httpx2.AsyncClient(timeout=_METRICS_TIMEOUT_S, trust_env=False) as client:
+        answers = await asyncio.gather(*(client.get(url) for url in urls), return_exceptions=True)
+    texts = [answer.text for answer in answers if isinstance(answer, httpx2.Response) and answer.status_code == 200]
+    if not texts:
+        raise UnavailableError("no node of the cluster exports metrics")
+    return "".join(line + "\n" for text in texts for line in text.splitlines() if _METRIC in line)
+
+
 @serve.deployment(name="llm")
 @serve.ingress()
 class LLMDeployment:
     """The application's ingress. Replica count, GPUs and autoscaling are set by name in the application's YAML."""
 
-    def __init__(self, model: ModelConfig, config: EngineConfig, cache: CacheConfig, encoder: DeploymentHandle) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: EngineConfig,
+        cache: CacheConfig,
+        api: ApiConfig,
+        encoder: DeploymentHandle,
+    ) -> None:
         log_as_serve_does()
         self._admin_api = cache.admin_api
         self._server = LLMServer(
@@ -93,10 +119,16 @@ class LLMDeployment:
             media_store=open_media_store(cache),
             audit_fraction=cache.audit_fraction,
             answers=open_answer_cache(cache),
+            api=api,
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._server, admin_api=self._admin_api)
+        return create_app(
+            self._server,
+            admin_api=self._admin_api,
+            metrics_text=cluster_metrics,
+            echo_request_id=False,  # Serve's proxy does it
+        )
 
     async def cache_report(self) -> dict[str, Any]:
         return {"replica": serve.get_replica_context().replica_tag} | self._server.cache_report()

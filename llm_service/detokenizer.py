@@ -13,23 +13,29 @@ class IncrementalDetokenizer:
     A character that is still unfinished at the end of the answer is dropped.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), *, skip_special_tokens: bool = True
+    ) -> None:
         self._tokenizer = tokenizer.backend_tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
         self._stop = [string for string in stop if string]
         self._held = ""
-        self.stopped = False
+        self.stop_string: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        return self.stop_string is not None
 
     def add(self, token_ids: Sequence[int]) -> str:
-        """The text that is certain now. Sets `stopped`, and ends the text before it, when a stop string appears."""
+        """The text that is certain now. When a stop string appears, sets `stop_string` and ends the text before it."""
         if self.stopped:
             return ""
         for token_id in token_ids:
             self._held += self._stream.step(self._tokenizer, token_id) or ""
-        found = [index for index in map(self._held.find, self._stop) if index >= 0]
+        found = [(index, string) for string in self._stop if (index := self._held.find(string)) >= 0]
         if found:
-            self.stopped = True
-            return self._held[: min(found)]
+            index, self.stop_string = min(found)
+            return self._held[:index]
         certain = len(self._held) - self._num_held_back()
         text, self._held = self._held[:certain], self._held[certain:]
         return text

@@ -14,7 +14,7 @@ import torch
 from common import metrics
 from common.cache import EmbeddingCache, SingleFlight
 from common.embedding import EmbeddingFormatError, EmbeddingSpec, Grid, VisionEmbedding, content_digest, unpack
-from common.errors import InvalidRequestError, UnavailableError
+from common.errors import DeadlineExceededError, InvalidRequestError, UnavailableError
 from common.geometry import ImageGeometry
 from common.identity import EmbeddingNamespace
 from common.media import MediaItem
@@ -82,10 +82,14 @@ class FeatureSource:
         self._auditor = Auditor(encoder, cache, audit_fraction, announce_quarantine)
 
     async def namespace(self) -> EmbeddingNamespace:
-        """What the encoder service says of its embeddings; asked once, and again when a reply differs."""
+        """What the encoder service says of its embeddings, of no tenant; asked once, and again when a reply differs."""
         if self._namespace is None:
             self._namespace = await self._encoder.describe()
         return self._namespace
+
+    async def ask_encoder(self) -> EmbeddingNamespace:
+        """What it says now. Raises UnavailableError."""
+        return await self._encoder.describe()
 
     async def get_many(self, images: Sequence[ImageRequest]) -> list[ImageFeatures]:
         """One result for each image, in order. Raises what the encoder raises, for the first image that fails."""
@@ -93,7 +97,7 @@ class FeatureSource:
             return []
         started = time.perf_counter()
         namespace = await self.namespace()
-        keys = [namespace.key(image.item.mm_hash, str(image.item.params)) for image in images]
+        keys = [embedding_key(namespace, image.item) for image in images]
         specs = {key: self._spec(image, namespace) for key, image in zip(keys, images, strict=True)}
         with span("cache.get", images=len(specs)):
             hits = await self._cache.get_many(specs)
@@ -102,7 +106,7 @@ class FeatureSource:
         async def one(key: str, image: ImageRequest) -> ImageFeatures:
             if hit := hits.get(key):
                 return ImageFeatures(key, hit.embedding, hit.tier, looked_up_ms)
-            features = await self._in_flight.run(key, lambda: self._encode(image))
+            features = await self._join_or_encode(key, image)
             elapsed_ms = (time.perf_counter() - started) * 1000
             return ImageFeatures(features.key, features.embedding, features.source, elapsed_ms)
 
@@ -118,13 +122,20 @@ class FeatureSource:
             self._count(image, features, namespace)
         return found
 
+    async def _join_or_encode(self, key: str, image: ImageRequest) -> ImageFeatures:
+        while True:
+            try:
+                return await self._in_flight.run(key, lambda: self._encode(image))
+            except DeadlineExceededError:
+                image.item.check_deadline()  # else the work was another request's, whose time was over
+
     async def _encode(self, image: ImageRequest) -> ImageFeatures:
         since = self._cache.moment
         with span("encode", image=image.item.mm_hash):
             data = await self._encoder.encode(await image.whole_item())
         for _ in range(2):
             namespace = await self.namespace()
-            key = namespace.key(image.item.mm_hash, str(image.item.params))
+            key = embedding_key(namespace, image.item)
             try:
                 embedding = unpack(data, key=key, spec=self._spec(image, namespace), seal=self._cache.seal)
             except EmbeddingFormatError as exc:
@@ -137,18 +148,23 @@ class FeatureSource:
         raise UnavailableError("the encoder service gave an embedding that does not fit the image")
 
     def _count(self, image: ImageRequest, features: ImageFeatures, namespace: EmbeddingNamespace) -> None:
-        tags = {"source": features.source, "tenant": namespace.tenant}
+        tags = {"source": features.source, "tenant": image.item.tenant}
         metrics.images.inc(tags=tags)
         metrics.mm_cache_queries.inc()
         metrics.embedding_wait_seconds.observe(features.wait_ms / 1000, tags={"source": features.source})
         if features.source != "encoder":
             metrics.mm_cache_hits.inc()
             metrics.encoder_seconds_saved.inc(features.embedding.encode_ms / 1000, tags=tags)
-            self._auditor.consider(image, str(namespace), features.embedding)
+            self._auditor.consider(image, str(namespace.of(image.item.tenant)), features.embedding)
 
     def _spec(self, image: ImageRequest, namespace: EmbeddingNamespace) -> EmbeddingSpec:
         dtype = getattr(torch, namespace.dtype)
         return self._geometry.embedding_spec(image.grid_thw, dtype)
+
+
+def embedding_key(namespace: EmbeddingNamespace, item: MediaItem) -> str:
+    """The cache key of an image, which is its tenant's alone."""
+    return namespace.of(item.tenant).key(item.mm_hash, str(item.params))
 
 
 class Auditor:

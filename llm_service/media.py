@@ -5,6 +5,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -19,12 +20,14 @@ from common.errors import (
     UnavailableError,
 )
 from common.geometry import ImageGeometry
-from common.identity import EmbeddingNamespace, image_of
+from common.identity import image_of, mm_hash
 from common.media import ImageHeader, MediaItem, MediaParams, image_header
-from common.media_store import DeletionWatcher, MediaRecord, MediaStore, discard_from
+from common.media_store import DeletionWatcher, MediaRecord, MediaStore, discard_from, media_id_of
+from llm_service.admission import ANYONE, RequestContext
 from llm_service.answer_cache import AnswerCache
-from llm_service.chat import AnyImagePart, Detail, ImagePart, MediaPart, check_content_hash
-from llm_service.features import FeatureSource, ImageFeatures, ImageRequest
+from llm_service.features import FeatureSource, ImageFeatures, ImageRequest, embedding_key
+from llm_service.fetch import ImageFetcher
+from llm_service.image_parts import AnyImagePart, ContentHash, Detail, ImagePart, MediaPart, UrlPart
 
 _LOW_DETAIL_SHARE = 4  # `detail: low` gives an image this fraction of the pixel budget
 _PIN_ATTEMPTS = 40  # the encoder publishes behind its answer, so an entry is there a moment later
@@ -63,6 +66,7 @@ class MediaLibrary:
         geometry: ImageGeometry,
         params: MediaParams,
         limits: ImageLimits,
+        fetcher: ImageFetcher,
         answers: AnswerCache | None = None,
     ) -> None:
         self.store = store
@@ -71,27 +75,40 @@ class MediaLibrary:
         self._cache = cache
         self._geometry = geometry
         self._limits = limits
+        self._fetcher = fetcher
         self._answers = answers
         low = dataclasses.replace(params, max_pixels=max(params.min_pixels, params.max_pixels // _LOW_DETAIL_SHARE))
         self.params = params
         self._params: dict[Detail, MediaParams] = {"auto": params, "low": low, "high": params, "original": params}
         self._pinning: dict[str, asyncio.Task[None]] = {}
 
-    async def resolve(self, parts: Sequence[AnyImagePart], context: MediaContext = ALONE) -> list[ImageRequest]:
+    async def resolve(
+        self, parts: Sequence[AnyImagePart], context: MediaContext = ALONE, caller: RequestContext = ANYONE
+    ) -> list[ImageRequest]:
         """What to encode for each part, in order. Nothing is decoded; bytes of managed images are not read yet."""
         await self.deletions.listen()
-        return [await self._resolve(part, context) for part in parts]
+        return [await self._resolve(part, context, caller) for part in await self._fetched(parts)]
+
+    async def tiers(self, image: ImageRequest) -> list[str]:
+        """Where the embedding of an image is now."""
+        return await self._cache.tiers(embedding_key(await self._features.namespace(), image.item))
 
     async def add(
-        self, source: bytes, *, ttl_s: float | None = None, pin: bool | None = None, prewarm: bool = False
+        self,
+        source: bytes,
+        *,
+        tenant: str = "",
+        ttl_s: float | None = None,
+        pin: bool | None = None,
+        prewarm: bool = False,
     ) -> MediaStatus:
         """Keeps an image. The same bytes are the same media."""
         await self.deletions.listen()
-        request, header = self._sent(source, "auto", "file", ALONE)
+        request, header = self._sent(source, "auto", "file", ALONE, RequestContext(tenant))
         record = await self._keep(request, header, ttl_s, pin)
         if prewarm:
             await self._features.get_many([request])
-        key = _key(await self._features.namespace(), request)
+        key = embedding_key(await self._features.namespace(), request.item)
         if pin is False:
             self._cache.discard(key)  # it may have been pinned, and would stay
         status = await self._status(record)
@@ -99,22 +116,22 @@ class MediaLibrary:
             self._pin_later(key)
         return status
 
-    async def show(self, media_id: str) -> MediaStatus:
+    async def show(self, media_id: str, tenant: str = "") -> MediaStatus:
         """Raises MediaNotFoundError."""
-        return await self._status(await self.store.get(media_id, await self._tenant(), param="media_id"))
+        return await self._status(await self.store.get(media_id, tenant, param="media_id"))
 
-    async def page(self, after: str, limit: int) -> tuple[list[MediaStatus], bool]:
+    async def page(self, after: str, limit: int, tenant: str = "") -> tuple[list[MediaStatus], bool]:
         """In the order of ids, and whether there are more."""
-        page = await self.store.page(await self._tenant(), after=after, limit=limit)
+        page = await self.store.page(tenant, after=after, limit=limit)
         return [await self._status(record) for record in page.records], page.has_more
 
-    async def delete(self, media_id: str) -> None:
+    async def delete(self, media_id: str, tenant: str = "") -> None:
         """Raises MediaNotFoundError. Here its embeddings are gone at once, elsewhere a moment later.
 
         What was being encoded or answered meanwhile is not kept.
         """
         await self.deletions.poll()  # so that it listens from here on
-        record = await self.store.delete(media_id, await self._tenant())
+        record = await self.store.delete(media_id, tenant)
         await self.deletions.poll()
         await self._cache.sweep(record.mm_hash)  # those of other weights, dtypes or pixel budgets
 
@@ -124,20 +141,20 @@ class MediaLibrary:
             if image.pinned and found.source != "local":
                 self._pin_later(found.key)
 
-    async def warm(self, source: bytes) -> ImageFeatures:
+    async def warm(self, source: bytes, tenant: str = "") -> ImageFeatures:
         """Has an image encoded, unless it is cached, without keeping its bytes."""
         await self.deletions.listen()
-        request, _ = self._sent(source, "auto", "file", ALONE)
+        request, _ = self._sent(source, "auto", "file", ALONE, RequestContext(tenant))
         return (await self._features.get_many([request]))[0]
 
-    async def tiers_of_image(self, mm_hash: str) -> list[str]:
+    async def tiers_of_image(self, mm_hash: str, tenant: str = "") -> list[str]:
         """Where the embedding of an image at the usual detail is now."""
-        namespace = await self._features.namespace()
+        namespace = (await self._features.namespace()).of(tenant)
         return await self._cache.tiers(namespace.key(mm_hash, str(self.params)))
 
-    async def keys(self) -> list[str]:
-        """Of the embeddings that the current encoder could have made."""
-        prefix = f"{await self._features.namespace()}:"
+    async def keys(self, tenant: str = "") -> list[str]:
+        """Of the tenant's embeddings that the current encoder could have made."""
+        prefix = f"{(await self._features.namespace()).of(tenant)}:"
         return [key for key in await self._cache.keys() if key.startswith(prefix)]
 
     async def export(self, key: str) -> Buffer | None:
@@ -145,11 +162,13 @@ class MediaLibrary:
         frame = await self._cache.read(key)
         return frame if frame is not None and await self._is_sound(key, frame) else None
 
-    async def import_frame(self, key: str, frame: bytes) -> None:
-        """Raises InvalidRequestError unless the frame is an embedding that the current encoder could have made."""
+    async def import_frame(self, key: str, frame: bytes, tenant: str = "") -> None:
+        """Raises InvalidRequestError unless the current encoder could have made the embedding for the tenant."""
         since = self._cache.moment
-        if not key.startswith(f"{await self._features.namespace()}:"):
-            raise InvalidRequestError("the embedding is of another model, device or version", code="other_namespace")
+        if not key.startswith(f"{(await self._features.namespace()).of(tenant)}:"):
+            raise InvalidRequestError(
+                "the embedding is of another model, device, version or tenant", code="other_namespace"
+            )
         if not await self._is_sound(key, frame):
             raise InvalidRequestError("the embedding is damaged or not of this model", code="invalid_embedding")
         self._cache.put(key, frame, since=since)
@@ -161,6 +180,11 @@ class MediaLibrary:
         except UnavailableError as exc:
             return {"error": exc.message}
 
+    async def check_store(self) -> dict[str, Any]:
+        """Raises UnavailableError if the second store does not answer."""
+        await self.store.last_deletion()
+        return {}
+
     async def purge(self) -> int:
         """Empties the shared tier and the local tiers of all replicas; media stay. Returns how many entries it saw."""
         keys = await self._cache.keys()
@@ -171,16 +195,31 @@ class MediaLibrary:
         await self.deletions.poll()
         return len(keys)
 
-    async def _resolve(self, part: AnyImagePart, context: MediaContext) -> ImageRequest:
+    async def _fetched(self, parts: Sequence[AnyImagePart]) -> list[ImagePart | MediaPart]:
+        """With the bytes that URLs name, fetched at the same time."""
+        return await asyncio.gather(*map(self._fetch, parts))
+
+    async def _fetch(self, part: AnyImagePart) -> ImagePart | MediaPart:
+        if not isinstance(part, UrlPart):
+            return part
+        data = await self._fetcher.fetch(part.url, part.field)
+        if part.content_hash is not None:
+            part.content_hash.check(data)
+        return ImagePart(data, part.detail, part.field, part.alias)
+
+    async def _resolve(
+        self, part: ImagePart | MediaPart, context: MediaContext, caller: RequestContext
+    ) -> ImageRequest:
         if isinstance(part, MediaPart):
-            return self._managed(await self._record(part), part.detail, part.field, context)
-        request, header = self._sent(part.data, part.detail, part.field, context)
+            record = await self._record(part, caller.tenant)
+            return self._managed(record, part.detail, part.field, context, caller.deadline)
+        request, header = self._sent(part.data, part.detail, part.field, context, caller)
         if part.alias is not None:
             await self._bind(part, request, header)
         return request
 
     def _sent(
-        self, source: bytes, detail: Detail, field: str, context: MediaContext
+        self, source: bytes, detail: Detail, field: str, context: MediaContext, caller: RequestContext
     ) -> tuple[ImageRequest, ImageHeader]:
         params = self._params_in(detail, context)
         try:
@@ -188,43 +227,54 @@ class MediaLibrary:
             grid = params.grid(self._geometry, header.height, header.width)
         except InvalidRequestError as exc:
             raise type(exc)(exc.message, param=field, code=exc.code) from exc
-        return ImageRequest(MediaItem.of(source, params), grid, field), header
+        item = MediaItem(source, mm_hash(source), params, caller.tenant, caller.deadline)
+        return ImageRequest(item, grid, field), header
 
     def _params_in(self, detail: Detail, context: MediaContext) -> MediaParams:
         params = self._params[detail]
         return dataclasses.replace(params, alone=context.alone, instruction=context.instruction)
 
-    def _managed(self, record: MediaRecord, detail: Detail, field: str, context: MediaContext) -> ImageRequest:
+    def _managed(
+        self, record: MediaRecord, detail: Detail, field: str, context: MediaContext, deadline: float | None = None
+    ) -> ImageRequest:
         params = self._params_in(detail, context)
         return ImageRequest(
-            item=MediaItem(b"", record.mm_hash, params),
+            item=MediaItem(b"", record.mm_hash, params, record.tenant, deadline),
             grid_thw=params.grid(self._geometry, record.height, record.width),
             field=field,
             source=partial(self.store.source, record),
             pinned=record.pinned,
         )
 
-    async def _record(self, part: MediaPart) -> MediaRecord:
-        if not part.is_alias:
-            return await self.store.get(part.name, await self._tenant(), param=part.field)
-        record = await self.store.find(part.name, await self._tenant())
+    async def _record(self, part: MediaPart, tenant: str) -> MediaRecord:
+        match part.kind:
+            case "id":
+                return await self.store.get(part.name, tenant, param=part.field)
+            case "digest":
+                return await self.store.get(media_id_of(tenant, part.name), tenant, param=part.field)
+        record = await self.store.find(part.name, tenant)
         if record is None:
             raise InvalidRequestError(
                 f"no image is known by the uuid {part.name!r}: send its bytes in image_url.url",
                 param=part.field,
                 code="unknown_uuid",
             )
-        check_content_hash(
-            part.content_hash, record.mm_hash, part.field.removesuffix("uuid") + "image_url.content_hash"
-        )
+        if part.content_hash is not None:
+            await self._check_content(part.content_hash, record)
         return record
+
+    async def _check_content(self, expected: ContentHash, record: MediaRecord) -> None:
+        if expected.algorithm == "blake3":
+            expected.check_digest(record.mm_hash)
+        else:
+            expected.check(await self.store.source(record))
 
     async def _bind(self, part: ImagePart, request: ImageRequest, header: ImageHeader) -> None:
         """An image that is sent with an alias is kept as any other media, so that the alias alone is enough later."""
         assert part.alias is not None
         field = part.field.removesuffix("image_url.url") + "uuid"
         try:
-            known = await self.store.find(part.alias, await self._tenant())
+            known = await self.store.find(part.alias, request.item.tenant)
             if known is not None and known.mm_hash == request.item.mm_hash:
                 return
             if known is not None:
@@ -241,7 +291,7 @@ class MediaLibrary:
         return await self.store.add(
             request.item.data,
             header,
-            tenant=await self._tenant(),
+            tenant=request.item.tenant,
             embedding_bytes=sum(map(math.prod, spec.shapes.values())) * spec.dtype.itemsize,
             ttl_s=ttl_s,
             pin=pin,
@@ -249,10 +299,8 @@ class MediaLibrary:
 
     async def _status(self, record: MediaRecord) -> MediaStatus:
         request = self._managed(record, "auto", "media_id", ALONE)
-        namespace = await self._features.namespace()
-        tiers = await self._cache.tiers(_key(namespace, request))
         spec = await self._spec(request.grid_thw)
-        return MediaStatus(record, spec.num_tokens, request.grid_thw, tiers)
+        return MediaStatus(record, spec.num_tokens, request.grid_thw, await self.tiers(request))
 
     async def _spec(self, grid: Grid) -> EmbeddingSpec:
         return self._geometry.embedding_spec(grid, getattr(torch, (await self._features.namespace()).dtype))
@@ -265,21 +313,18 @@ class MediaLibrary:
             return False
         return True
 
-    async def _tenant(self) -> str:
-        return (await self._features.namespace()).tenant
-
     async def _discard(self, event: str) -> None:
-        mm_hash = discard_from(self._cache, event)
-        if mm_hash is None:
+        deleted = discard_from(self._cache, event)
+        if deleted is None:
             return
-        for key in [key for key in self._pinning if image_of(key) == mm_hash]:
+        for key in [key for key in self._pinning if image_of(key) == deleted.mm_hash]:
             self._pinning[key].cancel()
         if self._answers is not None:
-            self._answers.discard_image(mm_hash)
+            self._answers.discard_image(deleted.mm_hash)
         # The shared tier may have what this replica does not.
-        namespace = await self._features.namespace()
+        namespace = (await self._features.namespace()).of(deleted.tenant)
         for params in (self.params, self._params["low"]):
-            self._cache.discard(namespace.key(mm_hash, str(params)))
+            self._cache.discard(namespace.key(deleted.mm_hash, str(params)))
 
     def _pin_later(self, key: str) -> None:
         if key not in self._pinning:
@@ -291,7 +336,3 @@ class MediaLibrary:
             if await self._cache.pin(key):
                 return
             await asyncio.sleep(_PIN_RETRY_S)
-
-
-def _key(namespace: EmbeddingNamespace, request: ImageRequest) -> str:
-    return namespace.key(request.item.mm_hash, str(request.item.params))

@@ -1,13 +1,15 @@
 """Messages -> what the engine takes: chat template, tokens, expanded placeholders, position ids. No pixels."""
 
+import dataclasses
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -15,7 +17,7 @@ from common.embedding import Grid
 from common.errors import InvalidRequestError
 from common.families import MropeRule, VisionItem, family_of, mrope_positions
 from common.geometry import ImageGeometry, PatchGeometry
-from llm_service.chat import AnyImagePart, ChatMessage
+from llm_service.chat import AnyImagePart, ChatMessage, Tool
 from llm_service.engine.request import PlaceholderRange
 
 
@@ -36,6 +38,19 @@ class EngineInput:
         return [sum(placeholder.length for placeholder in ranges) for ranges in self.placeholders]
 
 
+@dataclass(frozen=True, slots=True)
+class TemplateOptions:
+    """What the chat template is given beside the messages. With `continue_final_message` the answer goes on in it."""
+
+    tools: tuple[Tool, ...] = ()
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    variables: Mapping[str, bool] = field(default_factory=dict)
+
+
+PLAIN = TemplateOptions()
+
+
 class PromptProcessor:
     """Lays a conversation out in tokens, from text and image sizes alone."""
 
@@ -47,13 +62,44 @@ class PromptProcessor:
         self._chat_template = chat_template(directory, self.tokenizer, self.family.chat_template)
         self._beginning = beginning_of_text(self.tokenizer)
         self._image_token_id = image_token_of(config)
+        self.end_token_id: int = self.tokenizer.eos_token_id  # of a turn
+        self._vocab_size: int = config.get_text_config().vocab_size
         self._geometry = geometry
         self._mrope_rule = mrope_rule
         self._max_model_len = max_model_len
 
-    def __call__(self, messages: Sequence[ChatMessage], grids: Sequence[Grid]) -> EngineInput:
+    def __call__(
+        self, messages: Sequence[ChatMessage], grids: Sequence[Grid], template: TemplateOptions = PLAIN
+    ) -> EngineInput:
         """`grids` has one entry for each image, in order. Raises InvalidRequestError for a prompt that is too long."""
-        token_ids, placeholders = self._expand(self._tokenize(messages), grids)
+        return self.lay_out(self._render(messages, template), grids)
+
+    def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Plain text, in which control tokens are what they are."""
+        token_ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return token_ids
+
+    def tokenize_as_text(self, text: str) -> list[int]:
+        """Text in which control tokens are text, too."""
+        token_ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return token_ids
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Raises InvalidRequestError for an id that is none."""
+        self._check_ids(token_ids, "tokens")
+        text: str = self.tokenizer.decode(list(token_ids))
+        return text
+
+    def lay_out_text(self, token_ids: Sequence[int], param: str = "prompt") -> EngineInput:
+        """Tokens without images. Raises InvalidRequestError for those that are no prompt."""
+        if not token_ids:
+            raise InvalidRequestError("the prompt has no tokens", param=param)
+        self._check_ids(token_ids, param)
+        return self.lay_out(token_ids)
+
+    def lay_out(self, template_ids: Sequence[int], grids: Sequence[Grid] = ()) -> EngineInput:
+        """Tokens in which each image is one placeholder still."""
+        token_ids, placeholders = self._expand(template_ids, grids)
         if len(token_ids) >= self._max_model_len:
             num_image_tokens = sum(placeholder.length for ranges in placeholders for placeholder in ranges)
             raise InvalidRequestError(
@@ -69,21 +115,39 @@ class PromptProcessor:
         """The text that features depend on; empty for most families."""
         return "\n".join(message.text for message in messages) if self.family.needs_instruction else ""
 
-    def _tokenize(self, messages: Sequence[ChatMessage]) -> list[int]:
+    def _check_ids(self, token_ids: Sequence[int], param: str) -> None:
+        if not all(0 <= token_id < self._vocab_size for token_id in token_ids):
+            raise InvalidRequestError(f"token ids are from 0 to {self._vocab_size - 1}", param=param)
+
+    def _render(self, messages: Sequence[ChatMessage], template: TemplateOptions) -> list[int]:
         """With one placeholder for each image. Control tokens that a user typed stay text."""
-        encoded = self.tokenizer.apply_chat_template(
-            [
-                (space_text_after_images(message) if self.family.spaces_text else message).for_template(
-                    string_content=self.family.string_content
-                )
-                for message in messages
-            ],
-            chat_template=self._chat_template,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            sanitize_control_tokens=True,
-        )
+        if template.tools and "tools" not in self._chat_template:
+            raise InvalidRequestError(
+                "this model was not taught to call tools: its chat template has no place for them",
+                param="tools",
+                code="unsupported_parameter",
+            )
+        try:
+            encoded = self.tokenizer.apply_chat_template(
+                [
+                    (space_text_after_images(message) if self.family.spaces_text else message).for_template(
+                        string_content=self.family.string_content
+                    )
+                    for message in messages
+                ],
+                chat_template=self._chat_template,
+                tools=[tool.for_template() for tool in template.tools] or None,
+                add_generation_prompt=template.add_generation_prompt,
+                continue_final_message=template.continue_final_message,
+                tokenize=True,
+                return_dict=True,
+                sanitize_control_tokens=True,
+                **template.variables,
+            )
+        except (TemplateError, ValueError, TypeError) as exc:
+            raise InvalidRequestError(
+                "the model's chat template does not take these messages", param="messages", code="template_error"
+            ) from exc
         token_ids: list[int] = encoded["input_ids"]
         return token_ids if set(self._beginning) & set(token_ids) else self._beginning + token_ids
 
@@ -160,4 +224,4 @@ def space_text_after_images(message: ChatMessage) -> ChatMessage:
         if isinstance(part, str) and content and not isinstance(content[-1], str):
             part = re.sub(r"^(?=[^\s<])", " ", part)
         content.append(part)
-    return ChatMessage(message.role, content)
+    return dataclasses.replace(message, content=content)

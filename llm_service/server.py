@@ -18,24 +18,29 @@ from common import metrics
 from common.cache import EmbeddingCache
 from common.checkpoint import LoadedHalf, checkpoint_directory, device_capability, load_geometry, load_half
 from common.config import CacheConfig, ModelConfig
-from common.embedding import VisionEmbedding
+from common.embedding import Grid, VisionEmbedding
 from common.errors import InvalidRequestError, ModelNotFoundError, UnavailableError
 from common.families import MropeRule
-from common.identity import system_fingerprint
+from common.identity import framed_digest, system_fingerprint
 from common.media import MediaParams
 from common.media_store import MediaStore, open_media_store
+from llm_service.admission import ANYONE, Admission, RequestContext
 from llm_service.answer_cache import Answer, AnswerCache, answer_key
 from llm_service.chat import ChatMessage, images_of
-from llm_service.config import EngineConfig
+from llm_service.config import ApiConfig, EngineConfig
+from llm_service.cost import CostModel
 from llm_service.detokenizer import IncrementalDetokenizer, TokenTexts
 from llm_service.engine.async_engine import AsyncLLMEngine
 from llm_service.engine.engine import LLMEngine, check_sampling_params
 from llm_service.engine.request import FinishReason, MultiModalFeature, Request, RequestOutput, SamplingParams
 from llm_service.engine.structured_output import Grammar, GrammarCompiler, GrammarState, StructuredOutput
-from llm_service.features import EncoderClient, FeatureSource, ImageFeatures, ImageRequest
+from llm_service.features import EncoderClient, FeatureSource, ImageFeatures, ImageRequest, embedding_key
+from llm_service.fetch import ImageFetcher
 from llm_service.media import MediaContext, MediaLibrary
 from llm_service.observation import observed
-from llm_service.prompt import EngineInput, PromptProcessor
+from llm_service.prompt import PLAIN, EngineInput, PromptProcessor, TemplateOptions
+
+_MAX_CHARACTERS_ON_THE_LOOP = 20_000  # tokenizing more is left to a thread
 
 
 class Engine(Protocol):
@@ -102,6 +107,8 @@ class GenerationOptions:
     logprobs: int | None = None
     n: int = 1
     structured_output: StructuredOutput | None = None
+    skip_special_tokens: bool = True
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +136,17 @@ class PreparedRequest:
     """
 
     request: Request
-    stop: tuple[str, ...]
+    options: GenerationOptions
     receipts: list[ImageReceipt]
     fingerprint: str
     answer_key: str | None = None
     known_answer: Answer | None = None
     forks: Sequence[Request] = ()
+    context: RequestContext = ANYONE
+
+    @property
+    def num_choices(self) -> int:
+        return 1 + len(self.forks)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -143,6 +155,28 @@ class PreparedRequest:
     @property
     def num_image_tokens(self) -> int:
         return sum(receipt.tokens for receipt in self.receipts)
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedImage:
+    """One image of a request that is not done: `source` is where its embedding would come from."""
+
+    id: str
+    tokens: int
+    grid_thw: Grid
+    tiers: list[str]
+    source: str
+    predicted_ms: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a request would be. Times come from what the last ones took; None until there were any."""
+
+    num_prompt_tokens: int
+    max_tokens: int
+    images: list[PlannedImage]
+    predicted_ms: float | None
 
 
 class LLMServer:
@@ -158,8 +192,10 @@ class LLMServer:
         audit_fraction: float = 0.0,
         answers: AnswerCache | None = None,
         decoder: Decoder | None = None,
+        api: ApiConfig | None = None,
     ) -> None:
         """Without a `media_store`, managed media stay in this process. The default `decoder` is the language half."""
+        api = api or ApiConfig()
         if model.numerics != "exact" and (audit_fraction or answers is not None):
             raise ValueError("cache.audit_fraction and cache.answer_cache_bytes need `exact` numerics")
         torch.set_num_threads(model.num_threads)
@@ -172,6 +208,7 @@ class LLMServer:
         self.created = int(time.time())
         self._vocab_size = decoder.vocab_size
         self.max_model_len = decoder.max_model_len
+        self._prefix_multiple = prefix_multiple(model, engine_config)
         self.limits = model.limits
         if not geometry.max_pixels and (model.min_pixels or model.max_pixels):
             raise ValueError(
@@ -184,41 +221,131 @@ class LLMServer:
         self._mrope_rule = mrope_rule
         self._decoder = decoder_description(model, decoder.half.device, engine_config)
         self._language_weights = decoder.half.digest
-        self._prompt = PromptProcessor(directory, decoder.half.config, geometry, mrope_rule, self.max_model_len)
-        self.token_texts = TokenTexts(self._prompt.tokenizer)
+        self.prompt = PromptProcessor(directory, decoder.half.config, geometry, mrope_rule, self.max_model_len)
+        self.token_texts = TokenTexts(self.prompt.tokenizer)
         self._grammars = GrammarCompiler(
-            self._prompt.tokenizer, vocab_size=decoder.vocab_size, eos_token_ids=self.eos_token_ids
+            self.prompt.tokenizer, vocab_size=decoder.vocab_size, eos_token_ids=self.eos_token_ids
         )
         self._grammar_thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         store = media_store if media_store is not None else open_media_store(CacheConfig())
         self._features = FeatureSource(encoder, cache, geometry, audit_fraction, store.quarantine)
         self._cache = cache
         self._answers = answers
-        self.media = MediaLibrary(store, self._features, cache, geometry, params, model.limits, answers)
+        fetcher = ImageFetcher(api.fetch, model.limits.max_image_bytes)
+        self.media = MediaLibrary(store, self._features, cache, geometry, params, model.limits, fetcher, answers)
+        self.api = api
+        self.admission = Admission(api.admission, api.keys)
+        self.costs = CostModel()
         self._defaults = generation_defaults(directory)
         self.engine = decoder.engine
         self.engine.start()
 
     async def prepare(
-        self, messages: Sequence[ChatMessage], options: GenerationOptions, request_id: str
+        self,
+        messages: Sequence[ChatMessage],
+        options: GenerationOptions,
+        request_id: str,
+        template: TemplateOptions = PLAIN,
+        context: RequestContext = ANYONE,
     ) -> PreparedRequest:
         """Everything before generation. All limits are checked before any image is sent to be encoded."""
-        images = await self.media.resolve(images_of(messages), self._media_context(messages))
-        prompt = self._prompt(messages, [image.grid_thw for image in images])
+        async with context.limit():
+            images = await self.media.resolve(images_of(messages), self._media_context(messages), context)
+            prompt = await self._lay_out(messages, images, template)
+            return await self._prepare(prompt, images, options, request_id, context)
+
+    async def prepare_text(
+        self, token_ids: Sequence[int], options: GenerationOptions, request_id: str, context: RequestContext = ANYONE
+    ) -> PreparedRequest:
+        """The same for a prompt without messages or images. Raises InvalidRequestError for ids that are none."""
+        async with context.limit():
+            return await self._prepare(self.prompt.lay_out_text(token_ids), [], options, request_id, context)
+
+    async def count(
+        self,
+        messages: Sequence[ChatMessage],
+        template: TemplateOptions = PLAIN,
+        context: RequestContext = ANYONE,
+    ) -> tuple[EngineInput, list[ImageRequest]]:
+        """The prompt that the messages would be, and its images; nothing is encoded."""
+        async with context.limit():
+            images = await self.media.resolve(images_of(messages), self._media_context(messages), context)
+            return await self._lay_out(messages, images, template), images
+
+    async def plan(
+        self,
+        messages: Sequence[ChatMessage],
+        options: GenerationOptions,
+        template: TemplateOptions = PLAIN,
+        context: RequestContext = ANYONE,
+    ) -> Plan:
+        """Tokens, images and time to the first token, which no prefix in the KV cache makes shorter."""
+        prompt, images = await self.count(messages, template, context)
+        sampling_params = self._sampling_params(options, len(prompt.token_ids))
+        assert sampling_params.max_tokens is not None
+        planned = [
+            await self._plan_image(image, num_tokens)
+            for image, num_tokens in zip(images, prompt.num_tokens_of_images, strict=True)
+        ]
+        times = [image.predicted_ms for image in planned] + [self.costs.predict("prefill", len(prompt.token_ids))]
+        known = [time for time in times if time is not None]
+        predicted_ms = sum(known) if len(known) == len(times) else None
+        return Plan(len(prompt.token_ids), sampling_params.max_tokens, planned, predicted_ms)
+
+    async def _plan_image(self, image: ImageRequest, num_tokens: int) -> PlannedImage:
+        tiers = await self.media.tiers(image)
+        source = tiers[0] if tiers else "encoder"
+        predicted_ms = self.costs.predict(source, num_tokens)
+        return PlannedImage(image.item.mm_hash, num_tokens, image.grid_thw, tiers, source, predicted_ms)
+
+    async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Plain text; a long one on a thread."""
+        if len(text) <= _MAX_CHARACTERS_ON_THE_LOOP:
+            return self.prompt.tokenize(text, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(self.prompt.tokenize, text, add_special_tokens=add_special_tokens)
+
+    def token_strings(self, token_ids: Sequence[int]) -> list[str]:
+        """Each token as the vocabulary writes it."""
+        strings: list[str] = self.prompt.tokenizer.convert_ids_to_tokens(list(token_ids))
+        return strings
+
+    async def _lay_out(
+        self, messages: Sequence[ChatMessage], images: Sequence[ImageRequest], template: TemplateOptions
+    ) -> EngineInput:
+        grids = [image.grid_thw for image in images]
+        num_characters = sum(len(part) for message in messages for part in message.content if isinstance(part, str))
+        if num_characters <= _MAX_CHARACTERS_ON_THE_LOOP:
+            return self.prompt(messages, grids, template)
+        return await asyncio.to_thread(self.prompt, messages, grids, template)
+
+    async def _prepare(
+        self,
+        prompt: EngineInput,
+        images: Sequence[ImageRequest],
+        options: GenerationOptions,
+        request_id: str,
+        context: RequestContext,
+    ) -> PreparedRequest:
         sampling_params = self._sampling_params(options, len(prompt.token_ids))
         grammar = await self._grammar(options.structured_output)
+        context.hold("prompt_tokens", len(prompt.token_ids))
         fingerprint = await self.fingerprint()
+        salt = _cache_salt(context.tenant, options.cache_salt)
         key = None
         if options.n == 1 and grammar is None and options.logprobs is None:
-            key = await self._answer_key(fingerprint, prompt, images, sampling_params, options.stop)
+            key = await self._answer_key(fingerprint, prompt, images, sampling_params, options, salt)
         if (answer := await self._known_answer(key)) is not None:
             receipts = [
                 ImageReceipt(image.item.mm_hash, num_tokens, "answer")
                 for image, num_tokens in zip(images, prompt.num_tokens_of_images, strict=True)
             ]
-            request = _engine_request(request_id, prompt, sampling_params, [])  # the engine never sees it
-            return PreparedRequest(request, options.stop, receipts, fingerprint, known_answer=answer)
+            request = _engine_request(request_id, prompt, sampling_params, [], salt)  # the engine never sees it
+            return PreparedRequest(request, options, receipts, fingerprint, known_answer=answer, context=context)
+        context.hold("vision_tokens", sum(prompt.num_tokens_of_images))
         features = await self._features.get_many(images)
+        context.release("vision_tokens")
+        for found in features:
+            self.costs.note(found.source, found.embedding.num_tokens, found.wait_ms)
         self.media.pin_again(images, features)
         used_fingerprint = await self.fingerprint()
         mm_features = _mm_features(prompt, features)
@@ -228,6 +355,7 @@ class LLMServer:
                 prompt,
                 dataclasses.replace(sampling_params, seed=choice_seed(sampling_params.seed, index)),
                 mm_features,
+                salt,
                 None if grammar is None else grammar.start(),
             )
             for index in range(options.n)
@@ -235,16 +363,17 @@ class LLMServer:
         return PreparedRequest(
             request=request,
             forks=forks,
-            stop=options.stop,
+            options=options,
             receipts=[_receipt(image, found) for image, found in zip(images, features, strict=True)],
             fingerprint=used_fingerprint,
             # an encoder with other weights may have answered
             answer_key=key if used_fingerprint == fingerprint else None,
+            context=context,
         )
 
     def _media_context(self, messages: Sequence[ChatMessage]) -> MediaContext:
-        alone = not self._prompt.family.counts_images or len(images_of(messages)) <= 1
-        return MediaContext(alone, self._prompt.instruction(messages))
+        alone = not self.prompt.family.counts_images or len(images_of(messages)) <= 1
+        return MediaContext(alone, self.prompt.instruction(messages))
 
     def generate(self, prepared: PreparedRequest) -> AsyncGenerator[RequestOutput, None]:
         """Outputs with text and the index of their choice; the last of each choice has a finish reason. Leaving the
@@ -256,9 +385,11 @@ class LLMServer:
     async def _generate(self, prepared: PreparedRequest) -> AsyncGenerator[RequestOutput, None]:
         requests = (prepared.request, *prepared.forks)
         choices = {
-            request.request_id: _Choice(index, IncrementalDetokenizer(self._prompt.tokenizer, prepared.stop))
+            request.request_id: _Choice(index, self._detokenizer(prepared.options))
             for index, request in enumerate(requests)
         }
+        started = time.perf_counter()
+        first = True
         async with contextlib.aclosing(self._outputs(prepared)) as outputs:
             async for output in outputs:
                 choice = choices.get(output.request_id)
@@ -266,6 +397,12 @@ class LLMServer:
                     continue
                 if output.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
                     raise UnavailableError(f"the request ended early: {output.finish_reason}", code="request_aborted")
+                if first and output.token_ids:
+                    if prepared.known_answer is None:
+                        num_computed = prepared.num_prompt_tokens - output.num_cached_tokens
+                        self.costs.note("prefill", num_computed, (time.perf_counter() - started) * 1000)
+                    prepared.context.release("prompt_tokens")
+                    first = False
                 output = choice.add(output)
                 if output.finish_reason is not None:
                     del choices[output.request_id]
@@ -276,12 +413,27 @@ class LLMServer:
                 yield output
                 if not choices:
                     return
+        raise UnavailableError("the answer has no end", code="request_aborted")  # it must not look complete
 
     def cache_report(self) -> dict[str, Any]:
         """What this replica's caches hold and have saved, in JSON's types."""
         names = ("fovea_images", "fovea_encoder_seconds_saved", "fovea_embedding", "fovea_audits", "fovea_answer")
         counters = {name: value for name, value in metrics.snapshot().items() if name.startswith(names)}
         return self._cache.report() | {"counters": counters}
+
+    async def check_encoder(self) -> dict[str, Any]:
+        """What the encoder service says of itself now. Raises UnavailableError."""
+        namespace = await self._features.ask_encoder()
+        return {"device": namespace.device, "dtype": namespace.dtype, "numerics": namespace.numerics}
+
+    async def check_cache(self) -> dict[str, Any]:
+        """Where embeddings are kept. Raises UnavailableError if the shared tier is not asked at present."""
+        await self._cache.tiers("ready")
+        report = self._cache.report()
+        shared = report["redis"]
+        if shared is not None and shared.get("breaker") == "open":
+            raise UnavailableError("Redis does not answer: embeddings are kept in each process only")
+        return {"local": report["local"], "redis": None if shared is None else shared.get("address")}
 
     async def fingerprint(self) -> str:
         """Names everything an answer depends on besides the request."""
@@ -293,13 +445,23 @@ class LLMServer:
             versions=library_versions(),
         )
 
+    def _detokenizer(self, options: GenerationOptions) -> IncrementalDetokenizer:
+        return IncrementalDetokenizer(
+            self.prompt.tokenizer, options.stop, skip_special_tokens=options.skip_special_tokens
+        )
+
     async def _outputs(self, prepared: PreparedRequest) -> AsyncGenerator[RequestOutput, None]:
         """From the engine, or the answer that is known."""
         if (answer := prepared.known_answer) is not None:
             yield RequestOutput(prepared.request.request_id, answer.token_ids, finish_reason=answer.finish_reason)
             return
         async with contextlib.aclosing(self.engine.generate(prepared.request, prepared.forks)) as outputs:
-            async for output in outputs:
+            while True:
+                try:
+                    async with prepared.context.limit():
+                        output = await anext(outputs)
+                except StopAsyncIteration:
+                    return
                 yield output
 
     async def _grammar(self, wanted: StructuredOutput | None) -> Grammar | None:
@@ -314,7 +476,8 @@ class LLMServer:
         prompt: EngineInput,
         images: Sequence[ImageRequest],
         sampling_params: SamplingParams,
-        stop: Sequence[str],
+        options: GenerationOptions,
+        salt: str,
     ) -> str | None:
         """None unless answers are kept and this one would be the same again."""
         if self._answers is None or sampling_params.temperature > 0:
@@ -324,18 +487,23 @@ class LLMServer:
             fingerprint=fingerprint,
             prompt_token_ids=prompt.token_ids,
             sampling_params=sampling_params,
-            stop=stop,
-            image_keys=[namespace.key(image.item.mm_hash, str(image.item.params)) for image in images],
+            stop=options.stop,
+            salt=salt,
+            image_keys=[embedding_key(namespace, image.item) for image in images],
             image_secrets=await self._answers.image_secrets([image.item.mm_hash for image in images]),
         )
 
     async def _known_answer(self, key: str | None) -> Answer | None:
         return None if self._answers is None or key is None else await self._answers.get(key)
 
+    def num_kept_tokens(self, num_prompt_tokens: int) -> int:
+        """How much of a prompt other prompts can share afterwards: whole chunks."""
+        return num_prompt_tokens // self._prefix_multiple * self._prefix_multiple if self._prefix_multiple else 0
+
     def check_model(self, name: str) -> None:
         if name != self.model_name:
             raise ModelNotFoundError(
-                f"Could not find the model {name!r}; this service serves {self.model_name!r}",
+                f"Could not find the model {name[:128]!r}; this service serves {self.model_name!r}",
                 param="model",
                 code="model_not_found",
             )
@@ -350,7 +518,7 @@ class LLMServer:
                 code="context_length_exceeded",
             )
         names = {field.name for field in dataclasses.fields(SamplingParams)}
-        asked = {name: value for name in names if (value := getattr(options, name)) is not None}
+        asked = {name: value for name in names if (value := getattr(options, name, None)) is not None}
         params = SamplingParams(**{**self._defaults, "max_tokens": room, **asked})
         check_sampling_params(params, self.eos_token_ids, self._vocab_size)
         return params
@@ -369,7 +537,9 @@ class _Choice:
         self.token_ids += output.token_ids
         text = self.detokenizer.add(output.token_ids)
         if self.detokenizer.stopped:
-            output = dataclasses.replace(output, finish_reason=FinishReason.STOP)
+            output = dataclasses.replace(
+                output, finish_reason=FinishReason.STOP, stop_string=self.detokenizer.stop_string
+            )
         elif output.finish_reason is not None:
             text += self.detokenizer.flush()
         return dataclasses.replace(output, text=text, index=self.index)
@@ -378,6 +548,13 @@ class _Choice:
 def choice_seed(seed: int | None, index: int) -> int | None:
     """The seed of choice `index`, as the signed 64-bit integer that a request for this choice alone would send."""
     return None if seed is None else (seed + index + 2**63) % 2**64 - 2**63
+
+
+def prefix_multiple(model: ModelConfig, config: EngineConfig) -> int:
+    """Prompts share their beginnings in whole multiples of so many tokens; 0: not at all."""
+    if not config.enable_prefix_caching:
+        return 0
+    return config.prefill_chunk_size if model.numerics == "exact" else config.block_size
 
 
 def position_rule(model: ModelConfig, config: Any) -> MropeRule:
@@ -442,6 +619,7 @@ def _engine_request(
     prompt: EngineInput,
     sampling_params: SamplingParams,
     mm_features: list[MultiModalFeature],
+    cache_salt: str,
     grammar: GrammarState | None = None,
 ) -> Request:
     return Request(
@@ -451,8 +629,14 @@ def _engine_request(
         next_position=prompt.next_position,
         sampling_params=sampling_params,
         mm_features=mm_features,
+        cache_salt=cache_salt,
         grammar=grammar,
     )
+
+
+def _cache_salt(tenant: str, salt: str) -> str:
+    """What keeps the KV blocks and answers of tenants apart, and of the salts that a tenant's requests name."""
+    return framed_digest(tenant, salt) if tenant or salt else ""
 
 
 def _receipt(image: ImageRequest, found: ImageFeatures) -> ImageReceipt:

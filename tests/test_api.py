@@ -13,12 +13,14 @@ import openai
 import pytest
 
 from common import metrics
-from llm_service.api.app import MAX_BODY_BYTES, create_app
+from llm_service.api.app import create_app
 from llm_service.api.stream import Stream
+from llm_service.config import ApiConfig
 from tests.conftest import picture
 from tests.test_equality import Services
 
 URL = "/v1/chat/completions"
+MAX_BODY_BYTES = ApiConfig().max_body_bytes
 
 
 @pytest.fixture

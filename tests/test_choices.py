@@ -147,7 +147,7 @@ async def test_logprobs_without_top_are_those_of_the_tokens_alone(sdk: openai.As
 
 
 async def test_bias_forces_and_forbids_tokens(services: Services, sdk: openai.AsyncOpenAI) -> None:
-    token = services.llm._prompt.tokenizer.encode("x")[0]
+    token = services.llm.prompt.tokenizer.encode("x")[0]
     forced = await sdk.chat.completions.create(**body("Tell me.", logit_bias={str(token): 100}))
     assert forced.choices[0].message.content == "x" * 6
     (first,) = await services.tokens("Tell me.", [], max_tokens=1)
@@ -251,7 +251,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "a seed above 64 bits": ({"seed": 2**63}, "seed", "less than 9223372036854775808"),
     "a seed below 64 bits": ({"seed": -(2**63) - 1}, "seed", "greater than or equal to -9223372036854775808"),
     "100000 stop strings": ({"stop": ["a"] * 10**5}, "stop", "at most 16 items"),
-    "a long stop string": ({"stop": "a" * 257}, "stop.0", "at most 256 characters"),
+    "a long stop string": ({"stop": "a" * 257}, "stop[0]", "at most 256 characters"),
     "a bias above 100": ({"logit_bias": {"1": 101}}, "logit_bias.1", "less than or equal to 100"),
     "a bias for no token": ({"logit_bias": {"9999": 1}}, "logit_bias", "ids below"),
     "a bias for a word": ({"logit_bias": {"red": 1}}, "logit_bias.red.[key]", "valid integer"),

@@ -26,7 +26,6 @@ from common.redis_store import open_cache
 from deploy.client import ClientError
 from deploy.media_client import check_export, read_export, write_export
 from encoder_service.config import EncoderConfig
-from encoder_service.pixel_alias import PixelAlias
 from encoder_service.server import EncoderServer
 from llm_service.answer_cache import AnswerCache, open_answer_cache
 from llm_service.api.app import create_app
@@ -669,7 +668,7 @@ class TestOnRedis:
     async def test_deleting_one_file_of_a_picture_deletes_the_embeddings_and_aliases_of_all(
         self, servers: CacheConfig, services: "Services", embeddings: redis.Redis, deleted: str
     ) -> None:
-        services.encoder._alias = PixelAlias(services.stores[0], await services.encoder.describe())
+        services.encoder._alias_store = services.stores[0]
         asker, deleter = services.replicas
         files = {"first": picture(), "copy": picture(format="BMP")}
         ids = {name: (await deleter.add(data))["id"] for name, data in files.items()}

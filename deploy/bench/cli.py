@@ -129,3 +129,15 @@ def bad_input(
 
     with waiting("measuring"):
         refusals.run(model, rounds, output)
+
+
+@bench.command()
+def overhead(
+    rounds: Annotated[int, typer.Option(min=1, help="Of each measurement.")] = 10,
+    tokens: Annotated[int, typer.Option(min=2, help="Of each answer.")] = 64,
+    output: Annotated[Path, typer.Option(help="The figures.")] = Path("fovea-bench-overhead.json"),
+) -> None:
+    """What HTTP, Serve and the API add to the bare engine; and 50 decisions beside 50 chat requests."""
+    from deploy.bench import overhead as comparison
+
+    comparison.run(rounds=rounds, num_tokens=tokens, output=output)

@@ -1,208 +1,148 @@
-"""POST /v1/chat/completions: OpenAI's chat completions, with images as data URLs."""
+"""POST /v1/chat/completions: OpenAI's chat completions, with images and tools."""
 
 import contextlib
-import json
-import re
-import time
-import uuid
+import dataclasses
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, cast
+from typing import Any, ClassVar, Literal, Self
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from fastapi.responses import Response
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from common import metrics
 from common.errors import InvalidRequestError
-from llm_service.api.stream import HEADERS, Stream
-from llm_service.chat import parse_messages
+from llm_service.api.fields import ApiRequest, StreamingRequest
+from llm_service.api.formats import called_tools
+from llm_service.api.generation import Answer, Delta, Generation, respond
+from llm_service.chat import Tool, checked_tools, parse_messages
 from llm_service.engine.engine import MAX_LOGPROBS
-from llm_service.engine.request import FinishReason, RequestOutput
+from llm_service.engine.request import TokenLogprobs
 from llm_service.engine.structured_output import StructuredOutput
-from llm_service.server import GenerationOptions, LLMServer, PreparedRequest
-
-IGNORED_FIELDS_HEADER = "x-fovea-ignored-fields"
-MAX_CHOICES = 16
+from llm_service.prompt import TemplateOptions
+from llm_service.server import GenerationOptions, LLMServer
 
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity
 
-# OpenAI's fields that change nothing here, and may be sent.
-_HARMLESS = {
-    "metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
-    "safety_identifier", "service_tier", "store", "user",
-}  # fmt: skip
 
-# OpenAI's and vLLM's fields that are not honoured, with the values that ask for nothing.
-_NOT_HONOURED: dict[str, tuple[Any, ...]] = {
-    "audio": (),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
-    "add_generation_prompt": (True,),
-    "function_call": ("none",),
-    "functions": ([],),
-    "guided_json": (),
-    "mm_processor_kwargs": ({},),
-    "modalities": (["text"],),
-    "moderation": (),
-    "prediction": (),
-    "reasoning_effort": (),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "verbosity": (),
-    "web_search_options": (),
-}
+class FunctionTool(BaseModel):
+    """One of `tools`, as chat completions have them."""
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_UNSAFE = re.compile(r"[^A-Za-z0-9._-]")  # in a header value
+    class Function(BaseModel):
+        model_config = ConfigDict(extra="ignore")
 
-Probability = Annotated[float, Field(ge=0, le=1)]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
-StopString = Annotated[str, Field(min_length=1, max_length=256)]
-StopStrings = Annotated[
-    list[StopString], Field(max_length=16), BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop)
-]
-Bias = Annotated[float, Field(ge=-100, le=100)]
+        name: str
+        description: str | None = None
+        parameters: dict[str, Any] | None = None
+
+    type: Literal["function"]
+    function: Function
+
+    def tool(self) -> Tool:
+        return Tool(self.function.name, self.function.description, self.function.parameters or {})
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+class NamedTool(BaseModel):
+    class Function(BaseModel):
+        name: str
 
-    include_usage: bool = False
+    type: Literal["function"]
+    function: Function
 
 
-class JsonSchemaFormat(BaseModel):
-    """`name`, `description` and `strict` say nothing to a grammar: every schema is followed strictly."""
+class TemplateVariables(BaseModel):
+    """The variables of chat templates that a request may set; each changes what the model is told and nothing else."""
 
     model_config = ConfigDict(extra="forbid")
 
-    name: str | None = None
-    description: str | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
-    strict: bool | None = None
+    enable_thinking: bool | None = None
+    add_vision_id: bool | None = None
 
 
-class ResponseFormat(BaseModel):
-    """OpenAI's."""
+class PromptRequest(ApiRequest):
+    """What lays out a prompt, for every endpoint that takes messages as chat completions do."""
 
-    model_config = ConfigDict(extra="forbid")
+    messages: list[dict[str, Any]]
+    tools: list[FunctionTool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: TemplateVariables | None = None
 
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchemaFormat | None = None
-
-    def structured_output(self) -> StructuredOutput | None:
-        match self.type:
-            case "text":
-                return None
-            case "json_object":
-                return StructuredOutput("json", {"type": "object"}, "response_format")
-            case "json_schema":
-                if self.json_schema is None:
-                    raise InvalidRequestError("json_schema is required", param="response_format.json_schema")
-                return StructuredOutput("json", self.json_schema.schema_, "response_format.json_schema.schema")
-
-
-class StructuredOutputs(BaseModel):
-    """vLLM's: one of the three."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    json_: dict[str, Any] | str | None = Field(None, alias="json")
-    regex: Annotated[str, Field(min_length=1)] | None = None
-    choice: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=1024)] | None = None
-
-    def structured_output(self) -> StructuredOutput:
-        values = {"json": self.json_, "regex": self.regex, "choice": self.choice}
-        given = [(kind, value) for kind, value in values.items() if value is not None]
-        if len(given) != 1:
+    @model_validator(mode="after")
+    def _prompt_has_one_end(self) -> Self:
+        if self.continue_final_message and self.add_generation_prompt:
             raise InvalidRequestError(
-                f"structured_outputs must have one of json, regex and choice, not {len(given)} of them",
-                param="structured_outputs",
+                "continue_final_message needs add_generation_prompt: false", param="continue_final_message"
             )
-        kind, value = given[0]
-        if kind == "json" and isinstance(value, str):
-            try:
-                value = json.loads(value)
-            except (ValueError, RecursionError) as exc:
-                raise InvalidRequestError("the schema is not valid JSON", param="structured_outputs.json") from exc
-        return StructuredOutput(cast(Any, kind), value, f"structured_outputs.{kind}")
+        return self
+
+    def template(self) -> TemplateOptions:
+        variables = self.chat_template_kwargs.model_dump(exclude_none=True) if self.chat_template_kwargs else {}
+        tools, _ = self.called_tools()
+        return TemplateOptions(tools, self.add_generation_prompt, self.continue_final_message, variables)
+
+    def called_tools(self) -> tuple[tuple[Tool, ...], StructuredOutput | None]:
+        tools = checked_tools([tool.tool() for tool in self.tools or []])
+        if isinstance(self.tool_choice, NamedTool):
+            return called_tools(tools, "named", name=self.tool_choice.function.name)
+        return called_tools(tools, self.tool_choice or "auto", parallel=self.parallel_tool_calls is not False)
 
 
-class ChatCompletionRequest(BaseModel):
+class ChatCompletionRequest(PromptRequest, StreamingRequest):
     """The fields that are honoured. Others are refused by name, harmless, or ignored and named in a header."""
 
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
-
     model: str
-    messages: list[dict[str, Any]]
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: int | None = Field(None, ge=-1)
-    min_p: Probability | None = None
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    min_tokens: int = Field(0, ge=0)
-    ignore_eos: bool = False
-    stop: StopStrings | None = None
-    stop_token_ids: Annotated[list[int], Field(max_length=128)] | None = None
-    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    logit_bias: Annotated[dict[int, Bias], Field(max_length=1024)] | None = None
-    response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
-    stream: bool = False
-    stream_options: StreamOptions | None = None
+    modalities: list[Literal["text"]] | Literal["text", "image", "multi-images", "video"] | None = None  # SGLang's, too
+
+    harmless: ClassVar[frozenset[str]] = frozenset({
+        "metadata", "prediction", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
+        "request_id", "safety_identifier", "service_tier", "store", "user",
+    })  # fmt: skip
+    not_honoured: ClassVar = {
+        "audio": (),
+        "bad_words": ([],),
+        "best_of": (1,),
+        "chat_template": (),
+        "echo": (False,),
+        "function_call": ("none",),
+        "functions": ([],),
+        "guided_choice": (),
+        "guided_grammar": (),
+        "guided_json": (),
+        "guided_regex": (),
+        "include_stop_str_in_output": (False,),
+        "length_penalty": (1, 1.0),
+        "mm_processor_kwargs": ({},),
+        "moderation": (),
+        "priority": (0,),
+        "prompt_logprobs": (0,),
+        "reasoning_effort": ("none",),
+        "truncate_prompt_tokens": (-1,),
+        "use_beam_search": (False,),
+        "verbosity": ("medium",),
+        "web_search_options": (),
+    }
 
     def options(self) -> GenerationOptions:
-        return GenerationOptions(
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=None if self.top_k is None else max(0, self.top_k),  # vLLM's -1 is no limit
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            seed=self.seed,
+        options = super().options()
+        _, call = self.called_tools()
+        if call is not None and options.structured_output is not None:
+            raise InvalidRequestError(f"tool_choice excludes {options.structured_output.param}", param="tool_choice")
+        return dataclasses.replace(
+            options,
             max_tokens=self.max_completion_tokens or self.max_tokens,
-            min_tokens=self.min_tokens,
-            ignore_eos=self.ignore_eos,
-            stop=tuple(self.stop or ()),
-            stop_token_ids=frozenset(self.stop_token_ids or ()),
-            logit_bias=tuple((self.logit_bias or {}).items()),
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
-            n=self.n or 1,
-            structured_output=self._structured_output(),
+            structured_output=call or options.structured_output,
         )
 
-    def _structured_output(self) -> StructuredOutput | None:
-        wanted = self.response_format.structured_output() if self.response_format is not None else None
-        if self.structured_outputs is not None:
-            if wanted is not None:
-                raise InvalidRequestError(
-                    "response_format and structured_outputs exclude each other", param="structured_outputs"
-                )
-            wanted = self.structured_outputs.structured_output()
-        if wanted is not None and self.min_tokens:
-            raise InvalidRequestError(f"min_tokens cannot be combined with {wanted.param}", param="min_tokens")
-        return wanted
-
-    def check(self) -> list[str]:
-        """Refuses what would be silently wrong; returns the names of unknown fields, which are ignored."""
-        if self.stream_options is not None and not self.stream:
-            raise InvalidRequestError("stream_options needs stream: true", param="stream_options")
+    @model_validator(mode="after")
+    def _top_logprobs_need_logprobs(self) -> Self:
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequestError("top_logprobs needs logprobs: true", param="top_logprobs")
-        extra = {name: value for name, value in (self.model_extra or {}).items() if value is not None}
-        for name in extra.keys() & _NOT_HONOURED.keys():
-            if extra[name] not in _NOT_HONOURED[name]:
-                raise InvalidRequestError(f"{name} is not supported", param=name, code="unsupported_parameter")
-        return sorted(extra.keys() - _NOT_HONOURED.keys() - _HARMLESS)
+        return self
 
 
 def create_router(server: LLMServer) -> APIRouter:
@@ -212,184 +152,124 @@ def create_router(server: LLMServer) -> APIRouter:
     async def chat_completions(body: ChatCompletionRequest, http: Request) -> Response:
         ignored = body.check()
         server.check_model(body.model)
-        completion = ChatCompletion(server, body)
-        headers = {"x-request-id": request_id_of(http) or completion.id}
-        if ignored:
-            metrics.ignored_fields.inc(len(ignored))
-            headers[IGNORED_FIELDS_HEADER] = ", ".join(_UNSAFE.sub("?", name[:64]) for name in ignored[:32])
-        if not body.stream:
-            answer = await completion.whole()
-            return JSONResponse(answer, headers=headers | completion.server_timing())
-        stream = Stream(completion.chunks())
-        await stream.wait_for_first()
-        headers |= HEADERS | completion.server_timing()  # what is known by now
-        return StreamingResponse(stream.events(), media_type="text/event-stream", headers=headers)
+        completion = ChatCompletion(server, body, http)
+        return await respond(
+            completion.generation, ignored, stream=body.stream, whole=completion.whole, chunks=completion.chunks
+        )
 
     return router
 
 
-def request_id_of(http: Request) -> str | None:
-    """The caller's own request id, if it is one that can be echoed."""
-    request_id = http.headers.get("x-request-id", "")
-    return request_id if _REQUEST_ID.fullmatch(request_id) else None
-
-
 class ChatCompletion:
-    """One answer, whole or in chunks."""
+    """One answer in OpenAI's words, whole or in chunks."""
 
-    def __init__(self, server: LLMServer, body: ChatCompletionRequest) -> None:
-        self.id = f"chatcmpl-{uuid.uuid4().hex}"  # never the caller's, who may use one twice
-        self._server = server
+    def __init__(self, server: LLMServer, body: ChatCompletionRequest, http: Request) -> None:
+        self.generation = Generation(server, http, "chatcmpl-")
         self._body = body
-        self._common = {"id": self.id, "created": int(time.time()), "model": body.model}
-        self._started = time.perf_counter()
-        self._durations_ms: dict[str, float] = {}
+        self._limits = server.limits
+        self._token_texts = server.token_texts
 
     async def whole(self) -> dict[str, Any]:
-        """The response body of a request that does not stream."""
-        prepared = await self._prepare()
-        answers = [_Answer() for _ in range(1 + len(prepared.forks))]
-        num_tokens = num_cached_tokens = 0
-        async with contextlib.aclosing(self._server.generate(prepared)) as outputs:
-            async for output in outputs:
-                self._note_first_token(output)
-                num_tokens += len(output.token_ids)
-                num_cached_tokens = output.num_cached_tokens
-                answer = answers[output.index]
-                answer.text += output.text
-                answer.logprobs += self._logprobs(output)
-                answer.finish_reason = output.finish_reason
-        return self._common | {
-            "object": "chat.completion",
-            "choices": [
-                {
-                    "index": index,
-                    "message": {"role": "assistant", "content": answer.text, "refusal": None},
-                    "logprobs": self._logprobs_object(answer.logprobs),
-                    "finish_reason": _openai_reason(answer.finish_reason),
-                }
-                for index, answer in enumerate(answers)
-            ],
-            "usage": usage(prepared, num_tokens, num_cached_tokens),
-            "system_fingerprint": prepared.fingerprint,
-        }
+        await self._prepare()
+        choices = []
+        for index, answer in enumerate(await self.generation.answers()):
+            choice: dict[str, Any] = {
+                "index": index,
+                "message": self._message(index, answer),
+                "logprobs": self._logprobs(answer.logprobs),
+                "finish_reason": answer.finish_reason,
+            }
+            choices.append(choice | ({"token_ids": answer.token_ids} if self._body.return_token_ids else {}))
+        return self._object("chat.completion", choices) | self._prompt_ids() | {"usage": self.generation.usage()}
 
     async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
-        """Chunk objects of a stream: of each choice the role, the text, one finish; then the usage, if asked for."""
-        prepared = await self._prepare()
-        include_usage = self._body.stream_options is not None and self._body.stream_options.include_usage
-        num_tokens = num_cached_tokens = 0
-        seen: set[int] = set()
-        async with contextlib.aclosing(self._server.generate(prepared)) as outputs:
-            async for output in outputs:
-                self._note_first_token(output)
-                num_tokens += len(output.token_ids)
-                num_cached_tokens = output.num_cached_tokens
-                delta: dict[str, Any] = {} if output.index in seen else {"role": "assistant", "content": ""}
-                seen.add(output.index)
-                if output.text:
-                    delta["content"] = output.text
-                logprobs = self._logprobs(output)
-                reason = None if output.finish_reason is None else _openai_reason(output.finish_reason)
-                if delta or logprobs or reason:
-                    choice = {
-                        "index": output.index,
-                        "delta": delta,
-                        "logprobs": self._logprobs_object(logprobs),
-                        "finish_reason": reason,
-                    }
-                    yield self._chunk(prepared, [choice], include_usage)
-        if include_usage:
-            last = self._chunk(prepared, [], include_usage)
-            yield last | {"usage": usage(prepared, num_tokens, num_cached_tokens)}
+        """Of each choice the role, the text and calls, one finish; then the usage, if it was asked for."""
+        await self._prepare()
+        extra = self._prompt_ids()
+        begun: set[int] = set()
+        async with contextlib.aclosing(self.generation.deltas()) as found:
+            async for piece in found:
+                delta: dict[str, Any] = {} if piece.index in begun else {"role": "assistant", "content": ""}
+                begun.add(piece.index)
+                delta |= self._delta(piece)
+                if not (delta or piece.finish_reason or piece.logprobs or self._body.return_token_ids):
+                    continue
+                choice: dict[str, Any] = {
+                    "index": piece.index,
+                    "delta": delta,
+                    "logprobs": self._logprobs(piece.logprobs),
+                    "finish_reason": piece.finish_reason,
+                }
+                if self._body.return_token_ids:
+                    choice["token_ids"] = piece.token_ids
+                yield self._object("chat.completion.chunk", [choice]) | self._usage_so_far() | extra
+                extra = {}
+        if self._body.with_usage:
+            yield self._object("chat.completion.chunk", []) | {"usage": self.generation.usage()}
 
-    def server_timing(self) -> dict[str, str]:
-        """The header of that name: the longest waits for the cache and for the encoder, queue and prefill, and all."""
-        durations = self._durations_ms | {"total": (time.perf_counter() - self._started) * 1000}
-        return {"server-timing": ", ".join(f"{name};dur={ms:.1f}" for name, ms in durations.items())}
+    async def _prepare(self) -> None:
+        body = self._body
+        messages = parse_messages(body.messages, self._limits)
+        max_calls = 1 if body.parallel_tool_calls is False else None
+        await self.generation.prepare(messages, body.options(), body.template(), max_calls)
 
-    async def _prepare(self) -> PreparedRequest:
-        messages = parse_messages(self._body.messages, self._server.limits)
-        prepared = await self._server.prepare(messages, self._body.options(), self.id)
-        for image in prepared.receipts:
-            name = "encode" if image.source == "encoder" else "cache"
-            self._durations_ms[name] = max(image.wait_ms, self._durations_ms.get(name, 0.0))
-        self._prepared_at = time.perf_counter()
-        return prepared
+    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.generation.id,
+            "object": kind,
+            "created": self.generation.created,
+            "model": self._body.model,
+            "choices": choices,
+            "system_fingerprint": self.generation.prepared.fingerprint,
+        }
 
-    def _logprobs(self, output: RequestOutput) -> list[dict[str, Any]]:
-        """OpenAI's entries for the tokens of an output; the token that ends an answer is not one of its text."""
-        pairs = list(zip(output.token_ids, output.logprobs, strict=False))
-        if output.finish_reason is FinishReason.STOP and pairs and pairs[-1][0] in self._server.eos_token_ids:
-            pairs.pop()
-        return [
-            self._token(token_id, found.logprob) | {"top_logprobs": [self._token(*top) for top in found.top]}
-            for token_id, found in pairs
+    def _usage_so_far(self) -> dict[str, Any]:
+        if self._body.with_continuous_usage:
+            return {"usage": self.generation.usage()}
+        return {"usage": None} if self._body.with_usage else {}
+
+    def _prompt_ids(self) -> dict[str, Any]:
+        if not self._body.return_token_ids:
+            return {}
+        return {"prompt_token_ids": self.generation.prepared.request.prompt_token_ids}
+
+    def _delta(self, piece: Delta) -> dict[str, Any]:
+        content = {"content": piece.text} if piece.text else {}
+        calls = [
+            {"index": call.index, "function": {"arguments": call.arguments}}
+            if call.name is None
+            else {"index": call.index} | self._call(piece.index, call.index, call.name, call.arguments)
+            for call in piece.tool_calls
         ]
+        return content | ({"tool_calls": calls} if calls else {})
+
+    def _message(self, index: int, answer: Answer) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+        if answer.tool_calls:
+            message["content"] = answer.text.strip() or None
+            message["tool_calls"] = [
+                self._call(index, place, call.name, call.arguments) for place, call in enumerate(answer.tool_calls)
+            ]
+        return message
+
+    def _call(self, index: int, place: int, name: str, arguments: str) -> dict[str, Any]:
+        """The call at a place in choice `index`."""
+        function = {"name": name, "arguments": arguments}
+        return {"id": self.generation.call_id(place, index), "type": "function", "function": function}
+
+    def _logprobs(self, found: list[tuple[int, TokenLogprobs]]) -> dict[str, Any] | None:
+        if not self._body.logprobs:
+            return None
+        entries = [
+            self._token(token_id, one.logprob) | {"top_logprobs": [self._token(*top) for top in one.top]}
+            for token_id, one in found
+        ]
+        return {"content": entries, "refusal": None}
 
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        data = self._server.token_texts(token_id)
+        data = self._token_texts(token_id)
         return {
             "token": data.decode(errors="replace"),
             "logprob": max(logprob, _LEAST_LOGPROB),
             "bytes": list(data),
         }
-
-    def _logprobs_object(self, entries: list[dict[str, Any]]) -> dict[str, Any] | None:
-        return {"content": entries, "refusal": None} if self._body.logprobs else None
-
-    def _note_first_token(self, output: RequestOutput) -> None:
-        """From the prepared request to its first token: the queue and the prefill."""
-        if output.token_ids:
-            self._durations_ms.setdefault("prefill", (time.perf_counter() - self._prepared_at) * 1000)
-
-    def _chunk(self, prepared: PreparedRequest, choices: list[dict[str, Any]], with_usage: bool) -> dict[str, Any]:
-        chunk = self._common | {
-            "object": "chat.completion.chunk",
-            "choices": choices,
-            "system_fingerprint": prepared.fingerprint,
-        }
-        return chunk | {"usage": None} if with_usage else chunk
-
-
-@dataclass(slots=True)
-class _Answer:
-    """One choice of an answer that does not stream."""
-
-    text: str = ""
-    logprobs: list[dict[str, Any]] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-
-
-def usage(prepared: PreparedRequest, num_tokens: int, num_cached_tokens: int) -> dict[str, Any]:
-    """OpenAI's usage; in `images`, where each embedding came from, what it cost and how long the request waited for it;
-    and `answer_source` if the answer itself is one that was given before.
-    """
-    answer_source = {"answer_source": "cache"} if prepared.known_answer is not None else {}
-    return answer_source | {
-        "prompt_tokens": prepared.num_prompt_tokens,
-        "completion_tokens": num_tokens,
-        "total_tokens": prepared.num_prompt_tokens + num_tokens,
-        "prompt_tokens_details": {
-            "cached_tokens": num_cached_tokens,
-            "image_tokens": prepared.num_image_tokens,
-            "text_tokens": prepared.num_prompt_tokens - prepared.num_image_tokens,
-        },
-        "images": [
-            {
-                "id": image.id,
-                "tokens": image.tokens,
-                "source": image.source,
-                "bytes": image.num_bytes,
-                "encode_ms": round(image.encode_ms, 3),
-                "wait_ms": round(image.wait_ms, 3),
-            }
-            for image in prepared.receipts
-        ],
-    }
-
-
-def _openai_reason(reason: FinishReason | None) -> str:
-    """Only `stop` and `length` are answers; anything else must not look like one."""
-    assert reason in (FinishReason.STOP, FinishReason.LENGTH), reason
-    return reason.value

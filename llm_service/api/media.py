@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 
 from common.errors import InvalidRequestError
+from llm_service.api.door import context_of
 from llm_service.media import MediaLibrary, MediaStatus
 from llm_service.server import LLMServer
 
@@ -30,6 +31,7 @@ def create_router(library: MediaLibrary) -> APIRouter:
         source, fields = await _read_upload(http)
         status = await library.add(
             source,
+            tenant=context_of(http).tenant,
             ttl_s=_seconds(fields.get("ttl"), "ttl"),
             pin=_boolean(fields.get("pin"), "pin"),
             prewarm=_boolean(fields.get("prewarm"), "prewarm") or False,
@@ -37,17 +39,21 @@ def create_router(library: MediaLibrary) -> APIRouter:
         return JSONResponse(media_object(status))
 
     @router.get("/v1/media")
-    async def media(after: str = "", limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> dict[str, Any]:
-        found, has_more = await library.page(after, limit)
+    async def media(
+        http: Request,
+        after: Annotated[str, Query(max_length=128)] = "",
+        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    ) -> dict[str, Any]:
+        found, has_more = await library.page(after, limit, context_of(http).tenant)
         return {"object": "list", "data": [media_object(status) for status in found], "has_more": has_more}
 
     @router.get("/v1/media/{media_id}")
-    async def show(media_id: str) -> dict[str, Any]:
-        return media_object(await library.show(media_id))
+    async def show(media_id: str, http: Request) -> dict[str, Any]:
+        return media_object(await library.show(media_id, context_of(http).tenant))
 
     @router.delete("/v1/media/{media_id}")
-    async def delete(media_id: str) -> dict[str, Any]:
-        await library.delete(media_id)
+    async def delete(media_id: str, http: Request) -> dict[str, Any]:
+        await library.delete(media_id, context_of(http).tenant)
         return {"id": media_id, "object": "media.deleted", "deleted": True}
 
     return router
@@ -66,23 +72,23 @@ def create_admin_router(server: LLMServer) -> APIRouter:
         return {"object": "cache.purged", "entries": await library.purge()}
 
     @router.get("/v1/cache/images/{digest}")
-    async def look_up(digest: str) -> dict[str, Any]:
+    async def look_up(digest: str, http: Request) -> dict[str, Any]:
         if not _DIGEST.fullmatch(digest):
             raise InvalidRequestError("the digest must be BLAKE3, 64 hex digits", param="digest")
-        return {"blake3": digest, "tiers": await library.tiers_of_image(digest)}
+        return {"blake3": digest, "tiers": await library.tiers_of_image(digest, context_of(http).tenant)}
 
     @router.post("/v1/cache/images")
     async def warm(http: Request) -> dict[str, Any]:
-        found = await library.warm(await http.body())
+        found = await library.warm(await http.body(), context_of(http).tenant)
         return {"tokens": found.embedding.num_tokens, "source": found.source}
 
     @router.get("/v1/cache/embeddings")
-    async def export() -> StreamingResponse:
-        return StreamingResponse(_frames(library, await library.keys()), media_type=FRAME)
+    async def export(http: Request) -> StreamingResponse:
+        return StreamingResponse(_frames(library, await library.keys(context_of(http).tenant)), media_type=FRAME)
 
     @router.post("/v1/cache/embeddings")
     async def import_frame(http: Request, key: Annotated[str, Query(max_length=1024)]) -> dict[str, Any]:
-        await library.import_frame(key, await http.body())
+        await library.import_frame(key, await http.body(), context_of(http).tenant)
         return {"key": key, "imported": True}
 
     return router

@@ -3,17 +3,18 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import Any
 
+from common import metrics
 from common.errors import ServingError
+from llm_service.api.errors import anthropic_error_body, error_body
 
 logger = logging.getLogger(__name__)
 
 HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 KEEP_ALIVE_S = 5.0
-
-DONE = "data: [DONE]\n\n"
 KEEP_ALIVE = ": keep-alive\n\n"
 
 
@@ -21,16 +22,30 @@ def event(payload: dict[str, Any]) -> str:
     return f"data: {json.dumps(payload, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-def error_body(error: ServingError) -> dict[str, Any]:
-    """OpenAI's error object."""
-    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
+def typed_event(payload: dict[str, Any]) -> str:
+    """With its `type` as the name of the event."""
+    return f"event: {payload['type']}\n{event(payload)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Framing:
+    """How an API frames its chunks, ends a stream and says that it cannot go on."""
+
+    event: Callable[[dict[str, Any]], str]
+    error: Callable[[ServingError], dict[str, Any]]
+    end: str = ""
+
+
+OPENAI = Framing(event, error_body, "data: [DONE]\n\n")
+ANTHROPIC = Framing(typed_event, anthropic_error_body)
 
 
 class Stream:
     """Events of one answer, with comments while there is none and an error event if they end in an exception."""
 
-    def __init__(self, chunks: AsyncGenerator[dict[str, Any], None]) -> None:
+    def __init__(self, chunks: AsyncGenerator[dict[str, Any], None], framing: Framing = OPENAI) -> None:
         self._chunks = chunks
+        self._framing = framing
         self._next: asyncio.Task[dict[str, Any]] | None = None
 
     async def wait_for_first(self, timeout_s: float = KEEP_ALIVE_S) -> None:
@@ -48,6 +63,7 @@ class Stream:
             raise exc
 
     async def events(self) -> AsyncIterator[str]:
+        is_whole = False
         try:
             while True:
                 if self._next is None:
@@ -57,15 +73,19 @@ class Stream:
                     yield KEEP_ALIVE
                     continue
                 chunk, self._next = self._next.result(), None
-                yield event(chunk)
+                yield self._framing.event(chunk)
         except StopAsyncIteration:
-            yield DONE
+            is_whole = True
+            if self._framing.end:
+                yield self._framing.end
         except ServingError as exc:
-            yield event(error_body(exc)) + DONE
+            yield self._error(exc)
         except Exception:  # the headers are gone; without an event the answer would look complete
             logger.exception("a stream ended in an unexpected error")
-            yield event(error_body(ServingError("internal error"))) + DONE
+            yield self._error(ServingError("internal error"))
         finally:
+            if not is_whole:
+                metrics.streams_cut.inc()
             await self.aclose()
 
     async def aclose(self) -> None:
@@ -74,3 +94,6 @@ class Stream:
             self._next.cancel()
             await asyncio.wait([self._next])
         await self._chunks.aclose()
+
+    def _error(self, error: ServingError) -> str:
+        return self._framing.event(self._framing.error(error)) + self._framing.end

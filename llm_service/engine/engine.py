@@ -197,6 +197,10 @@ def check_sampling_params(params: SamplingParams, eos_token_ids: frozenset[int],
         "seed": (params.seed is None or -(2**63) <= params.seed < 2**63, "a signed 64-bit integer"),
         "max_tokens": (params.max_tokens is None or params.max_tokens >= 1, "at least 1"),
         "min_tokens": (params.min_tokens >= 0, "at least 0"),
+        "forced_token_ids": (
+            all(0 <= token < vocab_size for token in params.forced_token_ids),
+            f"some of the vocabulary of {vocab_size} tokens",
+        ),
         "stop_token_ids": (
             all(0 <= token < vocab_size for token in params.stop_token_ids) and len(end_token_ids) < vocab_size,
             f"some of the vocabulary of {vocab_size} tokens",

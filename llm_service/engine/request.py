@@ -47,7 +47,8 @@ class SamplingParams:
     """How the next token is chosen. `temperature` 0 is greedy and exact; `top_k` 0 and `max_tokens` None mean no limit.
 
     `logit_bias` pairs token ids with what is added to their logits. `logprobs` is how many of the likeliest tokens are
-    told with each token's own log probability; None tells neither. Stop *strings* belong to the server, which sees
+    told with each token's own log probability; None tells neither. An answer begins with `forced_token_ids`, however
+    unlikely they are: so they are scored. Stop *strings* belong to the server, which sees
     text; the engine knows tokens only.
     """
 
@@ -65,6 +66,7 @@ class SamplingParams:
     stop_token_ids: frozenset[int] = frozenset()
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
+    forced_token_ids: tuple[int, ...] = ()
 
     @property
     def has_penalties(self) -> bool:
@@ -165,10 +167,10 @@ class TokenLogprobs:
 class RequestOutput:
     """What is new since the last output of a request.
 
-    The engine fills `token_ids`, of which the last is the end token when the reason is `stop`. `text` and `index`, the
-    choice it belongs to, are added by the server, which may hold back bytes of an unfinished character.
-    `num_cached_tokens` counts prompt tokens whose KV blocks were reused. `logprobs` has one entry for each token, if
-    they were asked for. `error` says what ended the request, if it was its grammar.
+    The engine fills `token_ids`, of which the last is the end token when the reason is `stop`. The server adds `text`,
+    which may hold back bytes of an unfinished character, `index`, the choice it belongs to, and `stop_string`, the one
+    that ended the text. `num_cached_tokens` counts prompt tokens whose KV blocks were reused. `logprobs` has one entry
+    for each token, if they were asked for. `error` says what ended the request, if it was its grammar.
     """
 
     request_id: str
@@ -179,3 +181,4 @@ class RequestOutput:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     error: str | None = None
     index: int = 0
+    stop_string: str | None = None

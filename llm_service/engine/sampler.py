@@ -51,6 +51,9 @@ class Sampler:
             drawn_RV = edited_BV if len(plan.drawn.rows) == len(requests) else edited_BV[plan.drawn.index]
             token_ids_R = draw(warp(drawn_RV, plan.drawn), _to(logits_BV.device, plan.drawn.uniforms(requests)))
             token_ids_B = token_ids_B.index_copy(0, plan.drawn.index, token_ids_R)
+        if forced := plan.forced_tokens():
+            rows, token_ids = _to(logits_BV.device, forced).T
+            token_ids_B = token_ids_B.index_copy(0, rows, token_ids)
         # a NaN anywhere is the maximum
         token_ids_B = token_ids_B.where(maxima_B.isfinite(), -1)
         return SampledTokens(
@@ -186,6 +189,7 @@ class _Plan:
         self.constrained: dict[int, GrammarState] = {
             row: request.grammar for row, request in enumerate(requests) if request.grammar is not None
         }
+        self._forced = [row for row, one in enumerate(params) if one.forced_token_ids]
         self._with_min_tokens = [row for row, one in enumerate(params) if one.min_tokens]
         drawn = [row for row, one in enumerate(params) if one.temperature >= MIN_TEMPERATURE]
         self.drawn: DrawnRows | None = None
@@ -199,6 +203,16 @@ class _Plan:
             self.bias = _to(device, rows), _to(device, token_ids), _to(device, values, torch.float32)
         edited = self.penalized or self.bias or self.constrained or self._with_min_tokens
         self.is_greedy = not (edited or drawn or self.logprobs)
+
+    def forced_tokens(self) -> list[tuple[int, int]]:
+        """Pairs of row and the token that comes next whatever the logits say."""
+        found = []
+        for row in self._forced:
+            request = self.requests[row]
+            place, forced = request.num_output_tokens - 1, request.sampling_params.forced_token_ids
+            if place < len(forced):
+                found.append((row, forced[place]))
+        return found
 
     def early_ends(self, eos_token_ids: frozenset[int]) -> list[tuple[int, int]]:
         """Pairs of row and token that would end an answer before its `min_tokens`."""

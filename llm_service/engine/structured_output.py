@@ -35,13 +35,13 @@ _MAX_KEPT_GRAMMARS = 128
 
 @dataclass(frozen=True, slots=True)
 class StructuredOutput:
-    """What an answer must be: JSON of a schema, a match of a regex, or one of some strings.
+    """What an answer must be: JSON of a schema, a match of a regex, one of some strings, or calls of tools.
 
-    `source` is the schema as parsed JSON, the regex or the list of strings, `param` the field of the request that it
-    comes from.
+    `source` is the schema as parsed JSON, the regex, the list of strings, or the `calls` that are allowed (`name`,
+    `parameters`) and whether there may be several (`parallel`); `param` is the field of the request that it comes from.
     """
 
-    kind: Literal["json", "regex", "choice"]
+    kind: Literal["json", "regex", "choice", "tool_calls"]
     source: Any
     param: str
 
@@ -105,6 +105,8 @@ class GrammarCompiler:
             case "choice":
                 choices = (json.dumps(choice, ensure_ascii=False) for choice in json.loads(text))
                 source = LLMatcher.grammar_from_lark(f"start: {' | '.join(choices)}")
+            case "tool_calls":
+                source = LLMatcher.grammar_from_lark(_calls_grammar(json.loads(text)))
         matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=LIMITS)
         if matcher.is_error():
             raise _refusal(wanted, _reason(matcher.get_error()))
@@ -113,6 +115,22 @@ class GrammarCompiler:
         if trial.is_error():
             raise _refusal(wanted, "it allows no answer, or its first token takes more work than is allowed")
         return Grammar(matcher)
+
+
+def _calls_grammar(source: dict[str, Any]) -> str:
+    """Qwen's format of calls, each with arguments of its tool's schema."""
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": call["name"]}, "arguments": {"type": "object", **call["parameters"]}},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for call in source["calls"]
+    ]
+    schema = json.dumps({"anyOf": calls, "x-guidance": _JSON_OPTIONS}, ensure_ascii=False)
+    several = ' ("\\n" call)*' if source["parallel"] else ""
+    return f'start: call{several}\ncall: "<tool_call>\\n" body "\\n</tool_call>"\nbody: %json {schema}'
 
 
 class TokenMasks:

@@ -186,7 +186,7 @@ async def test_copies_are_of_one_tenant(store: MediaStore) -> None:
     await store.join_copies("pixels of b", theirs.mm_hash, "b")
     since = await store.last_deletion()
     await store.delete(ours.id, "a")
-    assert [event for _, event in await store.deletions(since)] == [ours.mm_hash]
+    assert [event for _, event in await store.deletions(since)] == [f"{ours.mm_hash}/a"]
     assert await store.join_copies("pixels of b", theirs.mm_hash, "b") == [ours.mm_hash]
 
 

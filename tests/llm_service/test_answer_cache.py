@@ -24,6 +24,7 @@ def key(**changes: object) -> str:
         "prompt_token_ids": [1, 2, 3],
         "sampling_params": SamplingParams(),
         "stop": (),
+        "salt": "",
         "image_keys": ["a", "b"],
     }
     return answer_key(**{**request, **changes})
@@ -44,6 +45,7 @@ async def test_answer_is_what_was_put() -> None:
         {"sampling_params": SamplingParams(max_tokens=3)},
         {"sampling_params": SamplingParams(stop_token_ids=frozenset({9}))},
         {"stop": ("x",)},
+        {"salt": "tenant"},
         {"image_keys": ["b", "a"]},
         {"image_keys": ["ab"]},
         {"image_keys": []},
