@@ -40,7 +40,7 @@ def build_app(config: AppConfig) -> serve.Application:
         load_config(directory)  # refuses at once what every replica would
     cache = with_private_servers(config.cache)
     if config.backend == "transformers":
-        baseline: serve.Application = OnePieceDeployment.bind(model, config.engine, cache)  # type: ignore[attr-defined]
+        baseline: serve.Application = OnePieceDeployment.bind(model, config.engine, cache, config.api)  # type: ignore[attr-defined]
         return baseline
     encoder = EncoderDeployment.bind(model, config.encoder, cache)  # type: ignore[attr-defined]  # by Serve's decorator
     application: serve.Application = LLMDeployment.bind(model, config.engine, cache, config.api, encoder)  # type: ignore[attr-defined]

@@ -29,14 +29,17 @@ from common.media_store import open_media_store
 from encoder_service.config import EncoderConfig
 from encoder_service.server import EncoderServer
 from llm_service.api.app import create_app
-from llm_service.config import EngineConfig
+from llm_service.config import ApiConfig, EngineConfig
+from llm_service.deployment import cluster_metrics
 from llm_service.engine.engine import check_sampling_params
 from llm_service.engine.request import FinishReason, Request, RequestOutput
 from llm_service.engine.sampler import Sampler
 from llm_service.server import Decoder, LLMServer, end_tokens
 
 
-def one_piece_server(model: ModelConfig, engine: EngineConfig, cache: CacheConfig) -> LLMServer:
+def one_piece_server(
+    model: ModelConfig, engine: EngineConfig, cache: CacheConfig, api: ApiConfig | None = None
+) -> LLMServer:
     """A server whose two halves are one model. Of `cache` it uses the store of managed media only."""
     directory = checkpoint_directory(model)
     whole = load_whole(model)
@@ -48,7 +51,8 @@ def one_piece_server(model: ModelConfig, engine: EngineConfig, cache: CacheConfi
         max_model_len=min(engine.max_model_len, whole.config.get_text_config().max_position_embeddings),
         vocab_size=whole.config.get_text_config().vocab_size,
     )
-    return LLMServer(model, engine, _no_cache(), encoder, media_store=open_media_store(cache), decoder=decoder)
+    store = open_media_store(cache)
+    return LLMServer(model, engine, _no_cache(), encoder, media_store=store, decoder=decoder, api=api)
 
 
 def load_whole(model: ModelConfig) -> LoadedHalf:
@@ -199,13 +203,18 @@ class _Generation:
 class OnePieceDeployment:
     """The application's ingress and its only deployment."""
 
-    def __init__(self, model: ModelConfig, config: EngineConfig, cache: CacheConfig) -> None:
+    def __init__(self, model: ModelConfig, config: EngineConfig, cache: CacheConfig, api: ApiConfig) -> None:
         log_as_serve_does()
         self._admin_api = cache.admin_api
-        self._server = one_piece_server(model, config, cache)
+        self._server = one_piece_server(model, config, cache, api)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._server, admin_api=self._admin_api)
+        return create_app(
+            self._server,
+            admin_api=self._admin_api,
+            metrics_text=cluster_metrics,
+            echo_request_id=False,  # Serve's proxy does it
+        )
 
 
 def _no_cache() -> TieredCache:
