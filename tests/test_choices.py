@@ -287,14 +287,14 @@ async def test_bad_input_is_refused_by_name_before_anything_is_scheduled(
     services: Services, http: httpx2.AsyncClient, name: str
 ) -> None:
     fields, param, words = REFUSED[name]
-    before = metrics.snapshot()["fovea_generated_tokens_total"]
+    before = metrics.snapshot()["fovea_generation_tokens_total"]
     answer = await http.post(URL, json=body(image_part(picture()), "hi", **fields))
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
     assert (error["param"], error["type"]) == (param, "invalid_request_error")
     assert words in error["message"]
     assert services.encoder.num_encoded == 0
-    assert metrics.snapshot()["fovea_generated_tokens_total"] == before
+    assert metrics.snapshot()["fovea_generation_tokens_total"] == before
     assert (await http.post(URL, json=body("Still there?"))).status_code == 200
 
 
