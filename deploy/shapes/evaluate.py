@@ -356,7 +356,7 @@ def as_json(outcomes: Sequence[Outcome], arguments: argparse.Namespace, seconds:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure the embedded model on held-out questions.")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
-    parser.add_argument("--questions-per-category", type=int, default=300)
+    parser.add_argument("--questions-per-category", type=int, default=600)
     parser.add_argument("--seed", type=int, default=1_000_000, help="training and validation use other names")
     parser.add_argument("--processes", type=int, default=2, help="each uses one thread")
     parser.add_argument("--device", default="cpu")
