@@ -24,8 +24,8 @@ PICTURES: dict[str, Scene] = {
         noise=8,
     ),
     "tall.png": scene_of(
-        ("yellow cross", 0.5, 0.2, 0.22),
-        ("black circle", 0.5, 0.75, 0.3),
+        ("yellow cross", 0.5, 0.2, 0.14),
+        ("black circle", 0.5, 0.75, 0.24),
         width=200,
         height=420,
         background=(90, 140, 170),

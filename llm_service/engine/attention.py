@@ -32,7 +32,7 @@ class PackedRows:
 
     rows: Tensor  # [B], of the packed forward
     blocks: Tensor  # [B, most blocks]; behind a context's end any
-    is_context: Tensor  # bool [B, tokens of the most blocks]
+    mask: Tensor  # [B, tokens of the most blocks], 0 in a context and -inf behind it
     shortest_context: int
 
 
@@ -69,6 +69,9 @@ def paged_attention(
     key_cache, value_cache = attention_metadata.kv_cache[module.layer_idx]
     _write(key_cache, key, attention_metadata.slot_mapping)
     _write(value_cache, value, attention_metadata.slot_mapping)
+    if attention_metadata.single_rows is not None and not attention_metadata.sequences:
+        kv_cache = attention_metadata.kv_cache[module.layer_idx]
+        return _attend_from_rows(query, kv_cache, attention_metadata.single_rows, scaling)[None], None
     output = torch.zeros_like(query, memory_format=torch.contiguous_format)
     for sequence in attention_metadata.sequences:
         attended = F.scaled_dot_product_attention(
@@ -88,13 +91,13 @@ def paged_attention(
 
 
 def _attend_from_rows(query_BHE: Tensor, kv_cache: Tensor, rows: PackedRows, scaling: float) -> Tensor:
-    keys, values = kv_cache[:, rows.blocks].flatten(2, 3).transpose(2, 3)
+    gathered = kv_cache.index_select(1, rows.blocks.flatten())
+    keys, values = gathered.view(2, *rows.mask.shape, *kv_cache.shape[-2:]).transpose(2, 3)
     # What lies behind a context is another's or nobody's, and might not even be finite.
-    behind = ~rows.is_context[:, None, rows.shortest_context :, None]
+    behind = rows.mask[:, None, rows.shortest_context :, None] < 0
     values[:, :, rows.shortest_context :].masked_fill_(behind, 0.0)
-    mask = rows.is_context[:, None, None]
     attended: Tensor = F.scaled_dot_product_attention(
-        query_BHE[:, :, None], keys, values, attn_mask=mask, scale=scaling, enable_gqa=True
+        query_BHE[:, :, None], keys, values, attn_mask=rows.mask[:, None, None], scale=scaling, enable_gqa=True
     )
     return attended[:, :, 0]
 

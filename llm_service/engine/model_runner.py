@@ -1,5 +1,6 @@
 """One packed forward of the decoder: SchedulerOutput in, logits out. Owns the weights and the KV memory."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -149,8 +150,9 @@ class TransformersRunner:
         width = max(map(len, tables))
         blocks = torch.tensor([table + [0] * (width - len(table)) for table in tables], device=self.device)
         places = torch.arange(width * self.block_size, device=self.device)
-        is_context = places < torch.tensor(lengths, device=self.device)[:, None]
-        return PackedRows(torch.tensor(rows, device=self.device), blocks, is_context, min(lengths))
+        mask = torch.zeros(len(single), len(places), dtype=self.dtype, device=self.device)
+        mask.masked_fill_(places >= torch.tensor(lengths, device=self.device)[:, None], -math.inf)
+        return PackedRows(torch.tensor(rows, device=self.device), blocks, mask, min(lengths))
 
     def _pad(self, rows: Tensor) -> Tensor:
         """At least `min_rows` rows, by zeros at the end."""
