@@ -31,7 +31,7 @@ from llm_service.config import ApiConfig, EngineConfig
 from llm_service.cost import CostModel
 from llm_service.detokenizer import IncrementalDetokenizer, TokenTexts
 from llm_service.engine.async_engine import AsyncLLMEngine
-from llm_service.engine.engine import LLMEngine, check_sampling_params
+from llm_service.engine.engine import LLMEngine, check_sampling_params, prefix_multiple
 from llm_service.engine.request import FinishReason, MultiModalFeature, Request, RequestOutput, SamplingParams
 from llm_service.engine.structured_output import Grammar, GrammarCompiler, GrammarState, StructuredOutput
 from llm_service.features import EncoderClient, FeatureSource, ImageFeatures, ImageRequest, embedding_key
@@ -208,7 +208,8 @@ class LLMServer:
         self.created = int(time.time())
         self._vocab_size = decoder.vocab_size
         self.max_model_len = decoder.max_model_len
-        self._prefix_multiple = prefix_multiple(model, engine_config)
+        self._engine_config = engine_config
+        self._is_exact = model.numerics == "exact"
         self.limits = model.limits
         if not geometry.max_pixels and (model.min_pixels or model.max_pixels):
             raise ValueError(
@@ -497,8 +498,11 @@ class LLMServer:
         return None if self._answers is None or key is None else await self._answers.get(key)
 
     def num_kept_tokens(self, num_prompt_tokens: int) -> int:
-        """How much of a prompt other prompts can share afterwards: whole chunks."""
-        return num_prompt_tokens // self._prefix_multiple * self._prefix_multiple if self._prefix_multiple else 0
+        """How much of a prompt other prompts can share afterwards."""
+        if not self._engine_config.enable_prefix_caching:
+            return 0
+        multiple = prefix_multiple(self._engine_config, exact=self._is_exact)
+        return num_prompt_tokens // multiple * multiple
 
     def check_model(self, name: str) -> None:
         if name != self.model_name:
@@ -548,13 +552,6 @@ class _Choice:
 def choice_seed(seed: int | None, index: int) -> int | None:
     """The seed of choice `index`, as the signed 64-bit integer that a request for this choice alone would send."""
     return None if seed is None else (seed + index + 2**63) % 2**64 - 2**63
-
-
-def prefix_multiple(model: ModelConfig, config: EngineConfig) -> int:
-    """Prompts share their beginnings in whole multiples of so many tokens; 0: not at all."""
-    if not config.enable_prefix_caching:
-        return 0
-    return config.prefill_chunk_size if model.numerics == "exact" else config.block_size
 
 
 def position_rule(model: ModelConfig, config: Any) -> MropeRule:

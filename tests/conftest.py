@@ -8,14 +8,16 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when torch brings Triton in
 
+import httpx2
 import numpy as np
+import openai
 import pytest
 import torch
 import uvicorn
@@ -35,6 +37,8 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.utils import logging as transformers_logging
 
 from common.cache import LocalTier, TieredCache
+from llm_service.api.app import create_app
+from tests.services import Services
 
 transformers_logging.disable_progress_bar()
 
@@ -205,3 +209,22 @@ def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@pytest.fixture
+async def services(tiny_checkpoint: Path) -> AsyncIterator[Services]:
+    found = Services(tiny_checkpoint)
+    yield found
+    found.llm.engine.shutdown()
+
+
+@pytest.fixture
+async def http(services: Services) -> AsyncIterator[httpx2.AsyncClient]:
+    transport = httpx2.ASGITransport(create_app(services.llm))
+    async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:
+        yield client
+
+
+@pytest.fixture
+def sdk(http: httpx2.AsyncClient) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(api_key="none", base_url="http://test/v1", http_client=http, max_retries=0)

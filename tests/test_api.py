@@ -1,11 +1,9 @@
 """The HTTP surface, in process: a real LLM service and a real encoder service on a tiny model, without Ray."""
 
 import asyncio
-import base64
 import json
 import zlib
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -13,46 +11,12 @@ import openai
 import pytest
 
 from common import metrics
-from llm_service.api.app import create_app
 from llm_service.api.stream import Stream
 from llm_service.config import ApiConfig
 from tests.conftest import picture
-from tests.test_equality import Services
+from tests.services import URL, Services, body, data_url, image_part
 
-URL = "/v1/chat/completions"
 MAX_BODY_BYTES = ApiConfig().max_body_bytes
-
-
-@pytest.fixture
-async def services(tiny_checkpoint: Path) -> AsyncIterator[Services]:
-    found = Services(tiny_checkpoint)
-    yield found
-    found.llm.engine.shutdown()
-
-
-@pytest.fixture
-async def http(services: Services) -> AsyncIterator[httpx2.AsyncClient]:
-    transport = httpx2.ASGITransport(create_app(services.llm))
-    async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:
-        yield client
-
-
-@pytest.fixture
-def sdk(http: httpx2.AsyncClient) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(api_key="none", base_url="http://test/v1", http_client=http, max_retries=0)
-
-
-def data_url(data: bytes, media_type: str = "image/png") -> str:
-    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
-
-
-def image_part(data: bytes, media_type: str = "image/png", **fields: str) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": data_url(data, media_type), **fields}}
-
-
-def body(*content: dict[str, Any] | str, model: str = "tiny", **fields: Any) -> dict[str, Any]:
-    parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
-    return {"model": model, "messages": [{"role": "user", "content": parts}], "max_tokens": 6} | fields
 
 
 def png_header(width: int, height: int) -> bytes:

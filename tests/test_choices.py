@@ -3,7 +3,6 @@
 import asyncio
 import math
 import re
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +12,12 @@ import pydantic
 import pytest
 
 from common import metrics
-from llm_service.api.app import create_app
 from llm_service.engine.structured_output import StructuredOutput
 from llm_service.server import PreparedRequest, choice_seed
 from tests.conftest import picture
-from tests.test_api import URL, body, image_part
-from tests.test_equality import Services
+from tests.services import URL, Services, body, image_part
 
 MAX_INT64 = 2**63 - 1
-
-
-@pytest.fixture
-async def services(tiny_checkpoint: Path) -> AsyncIterator[Services]:
-    found = Services(tiny_checkpoint)
-    yield found
-    found.llm.engine.shutdown()
-
-
-@pytest.fixture
-async def http(services: Services) -> AsyncIterator[httpx2.AsyncClient]:
-    transport = httpx2.ASGITransport(create_app(services.llm))
-    async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:
-        yield client
-
-
-@pytest.fixture
-def sdk(http: httpx2.AsyncClient) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(api_key="none", base_url="http://test/v1", http_client=http, max_retries=0)
 
 
 async def chunks_of(sdk: openai.AsyncOpenAI, **request: Any) -> list[Any]:

@@ -6,9 +6,7 @@ Two services in one process, each with its half of a tiny model, sharing nothing
 import asyncio
 import io
 import random
-from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, Literal
 
 import pytest
 import torch
@@ -16,47 +14,11 @@ from PIL import Image
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from common.cache import LocalTier, TieredCache
 from common.checkpoint import load_preprocessor_config, weights_digest
-from common.config import ModelConfig
 from common.embedding import VisionEmbedding, unpack
 from common.media import MediaItem
-from encoder_service.config import EncoderConfig
-from encoder_service.server import EncoderServer
-from llm_service.chat import ChatMessage, ImagePart
-from llm_service.config import EngineConfig
-from llm_service.server import GenerationOptions, LLMServer, PreparedRequest
 from tests.conftest import picture
-
-MAX_TOKENS = 24
-
-
-class Services:
-    """The two halves without Ray: the LLM service has nothing of the encoder but two methods."""
-
-    def __init__(self, checkpoint: Path, numerics: Literal["exact", "fast"] = "exact", **engine: int) -> None:
-        model = ModelConfig(path=str(checkpoint), served_name="tiny", numerics=numerics)
-        self.encoder = EncoderServer(model, EncoderConfig(), TieredCache(LocalTier(2**26), None))
-        self.cache = TieredCache(LocalTier(2**26), None)
-        self.llm = LLMServer(model, EngineConfig(**engine), self.cache, self.encoder)
-
-    async def prepare(
-        self, text: str, images: list[bytes], max_tokens: int = MAX_TOKENS, **others: Any
-    ) -> PreparedRequest:
-        parts: list[str | ImagePart] = [ImagePart(image, "auto", "messages") for image in images]
-        options = GenerationOptions(max_tokens=max_tokens, **others)
-        return await self.llm.prepare([ChatMessage("user", [*parts, text])], options, random.randbytes(8).hex())
-
-    async def tokens(self, text: str, images: list[bytes], max_tokens: int = MAX_TOKENS) -> list[int]:
-        prepared = await self.prepare(text, images, max_tokens)
-        return [token async for output in self.llm.generate(prepared) for token in output.token_ids]
-
-
-@pytest.fixture
-async def services(tiny_checkpoint: Path) -> AsyncIterator[Services]:
-    found = Services(tiny_checkpoint)
-    yield found
-    found.llm.engine.shutdown()
+from tests.services import MAX_TOKENS, Services
 
 
 class Reference:

@@ -25,8 +25,9 @@ from llm_service.config import EngineConfig
 from llm_service.prompt import image_token_of
 from llm_service.server import LLMServer
 from tests.conftest import picture, write_tiny_checkpoint
+from tests.services import Services
 from tests.test_equality import Reference as QwenReference
-from tests.test_equality import Services, workload
+from tests.test_equality import workload
 from tests.tiny_families import TINY_FAMILIES, Reference, write_tiny_family
 
 MAX_TOKENS = 12

@@ -22,7 +22,7 @@ ROOMS = {
         "llm_service/deployment.py",
         "deploy/",
     ),
-    "redis": ("common/redis_store.py", "common/media_store.py", "deploy/bench/", "deploy/doctor.py"),
+    "redis": ("common/redis_store.py", "common/media_storage.py", "deploy/bench/", "deploy/doctor.py"),
     "fastapi": ("llm_service/api/", "llm_service/deployment.py", "deploy/one_piece.py"),
     "starlette": ("llm_service/api/",),
     "PIL": ("common/media.py", "encoder_service/", "deploy/"),

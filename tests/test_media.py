@@ -21,7 +21,8 @@ from common.errors import UnavailableError
 from common.identity import mm_hash
 from common.local_redis import EMBEDDINGS, MEDIA, LocalRedis, RedisRole, find_redis_server
 from common.media import MediaItem
-from common.media_store import DeletionWatcher, LocalStorage, MediaStore, open_media_store
+from common.media_storage import LocalStorage
+from common.media_store import DeletionWatcher, MediaStore, open_media_store
 from common.redis_store import open_cache
 from deploy.client import ClientError
 from deploy.media_client import check_export, read_export, write_export

@@ -31,7 +31,7 @@ from llm_service.api.app import create_app
 from llm_service.config import EngineConfig
 from llm_service.server import LLMServer
 from tests.conftest import picture, write_tiny_checkpoint
-from tests.test_api import URL, body, image_part
+from tests.services import URL, body, image_part
 
 
 class Exploit:

@@ -14,7 +14,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from common.cache import LocalTier, TieredCache
 from common.config import MIB, ModelConfig
-from common.media_store import LocalStorage, MediaStore
+from common.media_storage import LocalStorage
+from common.media_store import MediaStore
 from deploy.app import EMBEDDED_MODEL, resolve_model
 from deploy.demo import PICTURES
 from deploy.shapes.scenes import render

@@ -18,12 +18,11 @@ from common.embedding import VisionEmbedding, pack
 from encoder_service.config import EncoderConfig
 from encoder_service.server import EncoderServer
 from llm_service.answer_cache import AnswerCache
-from llm_service.api.app import create_app
 from llm_service.config import EngineConfig
 from llm_service.server import LLMServer, decoder_description
 from tests.common.test_cache import DictTier
 from tests.conftest import picture
-from tests.test_api import URL, body, image_part
+from tests.services import URL, body, image_part
 
 
 class Services:
@@ -49,13 +48,6 @@ async def services(tiny_checkpoint: Path) -> AsyncIterator[Services]:
     found = Services(tiny_checkpoint)
     yield found
     found.llm.engine.shutdown()
-
-
-@pytest.fixture
-async def http(services: Services) -> AsyncIterator[httpx2.AsyncClient]:
-    transport = httpx2.ASGITransport(create_app(services.llm))
-    async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:
-        yield client
 
 
 async def ask(http: httpx2.AsyncClient, *content: Any, **fields: Any) -> dict[str, Any]:

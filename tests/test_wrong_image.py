@@ -25,8 +25,7 @@ from llm_service.api.app import create_app
 from llm_service.engine.kv_cache import block_hash
 from llm_service.engine.request import MultiModalFeature, PlaceholderRange, Request, SamplingParams
 from tests.conftest import picture, write_tiny_checkpoint
-from tests.test_api import URL, body, image_part
-from tests.test_equality import Services
+from tests.services import URL, Services, body, image_part
 
 
 @pytest.fixture

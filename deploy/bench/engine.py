@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from itertools import count, product
 from pathlib import Path
@@ -116,11 +117,15 @@ def decode_step(engine: LLMEngine, numerics: Numerics, batch: int, context: int)
 
 
 def step_limit_s(runner: Any, batch: int, context: int) -> float:
-    weights = sum(tensor.nbytes for layer in runner.decoder.layers for tensor in (layer.qkv, layer.out))
-    weights += sum(tensor.nbytes for layer in runner.decoder.layers for tensor in (layer.gate_up, layer.down))
-    weights += runner.decoder.head.nbytes
+    weights = sum(tensor.nbytes for tensor in layer_weights(runner)) + runner.decoder.head.nbytes
     token_bytes = runner.kv_cache[:, :, 0, 0].nbytes
     return float((weights + batch * context * token_bytes) / BANDWIDTH)
+
+
+def layer_weights(runner: Any) -> list[Tensor]:
+    """The matrices that every token passes, without the head."""
+    layers = runner.decoder.layers
+    return [tensor for layer in layers for tensor in (layer.qkv, layer.out, layer.gate_up, layer.down)]
 
 
 def engine_throughput(
@@ -157,11 +162,7 @@ def prompt(engine: LLMEngine, numerics: Numerics, num_tokens: int) -> dict[str, 
     seconds = statistics.median(first_token_s(engine, request_of(num_tokens, 1)) for _ in range(5))
     runner: Any = engine.model_runner
     layers, heads = len(runner.decoder.layers), runner.decoder.num_heads
-    weights = sum(
-        tensor.numel()
-        for layer in runner.decoder.layers
-        for tensor in (layer.qkv, layer.out, layer.gate_up, layer.down)
-    )
+    weights = sum(tensor.numel() for tensor in layer_weights(runner))
     flops = 2 * weights * num_tokens + layers * 2 * heads * runner.kv_cache.shape[-1] * num_tokens**2
     rate = flops / seconds
     return {
@@ -210,7 +211,7 @@ def decode_rate(
 
 
 def first_token_s(engine: LLMEngine, request: Request) -> float:
-    torch.cuda.synchronize() if torch.cuda.is_available() else None
+    torch.cuda.synchronize()
     begin = time.perf_counter()
     engine.add_request(request)
     while engine.has_unfinished_requests():
@@ -316,12 +317,7 @@ def exactness_workload(num_requests: int, num_tokens: int) -> list[Callable[[], 
             )
             features.append(MultiModalFeature(f"image-{index}", PlaceholderRange(20, size), embedding))
 
-        def make(
-            token_ids: list[int] = token_ids, features: list[MultiModalFeature] = features, index: int = index
-        ) -> Request:
-            return request_of(len(token_ids), num_tokens, token_ids=token_ids, features=features)
-
-        makers.append(make)
+        makers.append(partial(request_of, length, num_tokens, token_ids=token_ids, features=features))
     return makers
 
 
@@ -393,7 +389,11 @@ def run_cpu(model: Path, output: Path, *, num_requests: int = 16, num_tokens: in
         )
 
     rates: dict[str, list[float]] = {"one after another": [], f"{num_requests} at once": [], "generate(), padded": []}
-    works = (one_after_another, lambda: serve(requests()), generate)
+
+    def at_once() -> None:
+        serve(requests())
+
+    works: tuple[Callable[[], None], ...] = (one_after_another, at_once, generate)
     for turn in range(4):
         for name, work in zip(rates, works, strict=True):
             begin = time.perf_counter()

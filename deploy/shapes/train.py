@@ -288,7 +288,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=MAX_ROWS, help="chats in a batch, at most")
     parser.add_argument("--workers", type=int, default=14, help="processes that sample batches")
     parser.add_argument("--compile", action="store_true", help="compile the drawing and the layers (CUDA)")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.finish is not None and not arguments.minutes:
+        parser.error("--finish counts its time from its beginning: give --minutes, not --steps")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ _TIER_TIMEOUT_S = 2.0
 
 async def own_metrics() -> str:
     """This process's metrics, in Prometheus's text format."""
-    return "".join(f"{name} {value:g}\n" for name, value in sorted(metrics.snapshot().items()))
+    return metrics.exposition()
 
 
 def create_router(server: LLMServer, metrics_text: MetricsText) -> APIRouter:

@@ -66,12 +66,13 @@ def paged_attention(
 ) -> tuple[Tensor, None]:
     """Writes the new keys and values to their slots, then attends; returns `[1, T, heads, head_dim]`."""
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    key_cache, value_cache = attention_metadata.kv_cache[module.layer_idx]
+    kv_cache = attention_metadata.kv_cache[module.layer_idx]
+    key_cache, value_cache = kv_cache
     _write(key_cache, key, attention_metadata.slot_mapping)
     _write(value_cache, value, attention_metadata.slot_mapping)
-    if attention_metadata.single_rows is not None and not attention_metadata.sequences:
-        kv_cache = attention_metadata.kv_cache[module.layer_idx]
-        return _attend_from_rows(query, kv_cache, attention_metadata.single_rows, scaling)[None], None
+    single_rows = attention_metadata.single_rows
+    if single_rows is not None and not attention_metadata.sequences:  # then these are all rows, in their order
+        return _attend_from_rows(query, kv_cache, single_rows, scaling)[None], None
     output = torch.zeros_like(query, memory_format=torch.contiguous_format)
     for sequence in attention_metadata.sequences:
         attended = F.scaled_dot_product_attention(
@@ -83,10 +84,8 @@ def paged_attention(
             enable_gqa=True,
         )
         output[sequence.rows] = attended[0].transpose(0, 1)
-    if attention_metadata.single_rows is not None:
-        rows = attention_metadata.single_rows
-        kv_cache = attention_metadata.kv_cache[module.layer_idx]
-        output[rows.rows] = _attend_from_rows(query[rows.rows], kv_cache, rows, scaling)
+    if single_rows is not None:
+        output[single_rows.rows] = _attend_from_rows(query[single_rows.rows], kv_cache, single_rows, scaling)
     return output[None], None
 
 

@@ -3,7 +3,6 @@
 Everything is launched and nothing is read back, so that the host prepares the next step while this one is computed.
 """
 
-import logging
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -16,11 +15,13 @@ from torch import Tensor
 from common.checkpoint import LoadedHalf, text_model_and_head
 from common.families import family_of
 from llm_service.config import EngineConfig
+from llm_service.engine.device import to_device
 from llm_service.engine.fused_decoder import FusedDecoder, Plan, PromptBatch
 from llm_service.engine.kernels import DecodeBatch, Tile, Workspace
 from llm_service.engine.model_runner import (
     PackedImage,
     check_supported,
+    copy_blocks,
     kv_cache_shape,
     packed_images,
     packed_rows,
@@ -29,8 +30,6 @@ from llm_service.engine.model_runner import (
 )
 from llm_service.engine.request import Request
 from llm_service.engine.scheduler import ScheduledRequest, SchedulerOutput
-
-logger = logging.getLogger(__name__)
 
 # B: rows of a decode step, up to a bucket's size; T: rows of packed prompts; D: hidden size; V: vocabulary.
 
@@ -130,7 +129,7 @@ class CudaModelRunner:
     @torch.inference_mode()
     def execute(self, output: SchedulerOutput) -> Tensor:
         """Logits `[B, V]` of the items that yield a token, in their order; B may be 0."""
-        self._copy_blocks(output.block_copies)
+        copy_blocks(self.kv_cache, output.block_copies)
         decoding = [item for item in output.scheduled if is_decode(item)]
         prompts = [item for item in output.scheduled if not is_decode(item)]
         logits = []
@@ -147,7 +146,7 @@ class CudaModelRunner:
         place = {id(item): row for row, item in enumerate(computed)}
         order = [place[id(item)] for item in output.scheduled if item.yields_token]
         joined = torch.cat(logits)
-        return joined if order == list(range(len(order))) else joined[_to_device(order, self.device)]
+        return joined if order == list(range(len(order))) else joined[to_device(self.device, order)]
 
     def remember_tokens(self, token_ids_B: Tensor, requests: Sequence[Request]) -> None:
         # Where nothing could be chosen any token will do: the request has ended.
@@ -178,7 +177,7 @@ class CudaModelRunner:
         images = packed_images(items, rows)
         token_ids = [token for item in items for token in item.request.token_ids(item.start, item.num_context_tokens)]
         embeds_TD: Tensor = self.language_model.embed_tokens(
-            _to_device(token_ids + [0] * (num_rows - num_tokens), self.device)
+            to_device(self.device, token_ids + [0] * (num_rows - num_tokens))
         )
         for image in images:
             features = image.embedding.features[image.embedding_rows]
@@ -188,7 +187,7 @@ class CudaModelRunner:
         if not last_rows:
             return hidden_TD.new_empty(0, len(self.decoder.head))
         plan = self._plan(len(last_rows))
-        return self.decoder.logits(hidden_TD[_to_device(last_rows, self.device)], plan, self.workspace)
+        return self.decoder.logits(hidden_TD[to_device(self.device, last_rows)], plan, self.workspace)
 
     def _prompt_batch(self, items: list[ScheduledRequest], images: list[PackedImage], num_rows: int) -> PromptBatch:
         positions_3T = torch.cat([positions_of(item.request, item.start, item.num_context_tokens) for item in items], 1)
@@ -204,12 +203,12 @@ class CudaModelRunner:
         return PromptBatch(
             cosines,
             sines,
-            _to_device(np.concatenate(slots), self.device),
-            _to_device(np.cumsum([0, *lengths]), self.device, torch.int32),
-            _to_device(np.cumsum([0, *contexts]), self.device, torch.int32),
+            to_device(self.device, np.concatenate(slots)),
+            to_device(self.device, np.cumsum([0, *lengths]), torch.int32),
+            to_device(self.device, np.cumsum([0, *contexts]), torch.int32),
             max_query=self.config.prefill_chunk_size if self.exact else max(lengths),
             max_context=max(contexts),
-            context_slots=_to_device(np.concatenate(seen), self.device) if has_past else None,
+            context_slots=to_device(self.device, np.concatenate(seen)) if has_past else None,
             deepstack_TD=self._deepstack(images, num_rows),
         )
 
@@ -234,11 +233,6 @@ class CudaModelRunner:
         tokens = np.arange(start, end)
         size = self.config.block_size
         return np.asarray(request.block_table)[tokens // size] * size + tokens % size
-
-    def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
-        if copies:
-            sources, targets = _to_device(copies, self.device).T
-            self.kv_cache[:, :, targets] = self.kv_cache[:, :, sources]
 
     def _sizes(self) -> list[int]:
         """Of the graphs."""
@@ -295,7 +289,9 @@ class CudaModelRunner:
         reserved = stats["reserved_bytes.all.current"]
         peak = stats["allocated_bytes.all.peak"] - self.kv_cache.nbytes
         others = total - free - reserved  # contexts, and what other processes hold
-        logits = sum(self._sizes()) * len(self.decoder.head) * self.dtype.itemsize
+        # Each graph keeps its logits; drawing tokens takes three int64 and two float32 for each of the largest step's.
+        per_logit = sum(self._sizes()) * self.dtype.itemsize + self.max_rows * (3 * 8 + 2 * 4)
+        logits = per_logit * len(self.decoder.head)
         share = self.config.gpu_memory_utilization or DEFAULT_GPU_MEMORY_UTILIZATION
         available = int(total * share) - others - peak - logits
         block_bytes = self.kv_cache.nbytes // self.kv_cache.shape[2]
@@ -305,7 +301,6 @@ class CudaModelRunner:
                 f"gpu_memory_utilization {share} of {total / 2**30:.1f} GiB leaves no KV "
                 f"memory beside {(others + peak + logits) / 2**30:.1f} GiB of weights and activations"
             )
-        del self.kv_cache
         return num_blocks
 
     @torch.inference_mode()
@@ -317,7 +312,7 @@ class CudaModelRunner:
         slots = torch.arange(num_tokens, device=self.device)
         batch = PromptBatch(*self._rotations(positions_3T), slots, starts, starts, num_tokens, num_tokens, None)
         hidden_TD = self.decoder.prefill(self.language_model.embed_tokens(ids), batch)
-        self.decoder.logits(hidden_TD[: self.max_rows], Plan({}), None).float()
+        self.decoder.logits(hidden_TD[: self.max_rows], Plan({}), None)
         torch.cuda.synchronize(self.device)
 
 
@@ -359,8 +354,3 @@ def _token_or_row(request: Request, index: int) -> tuple[int, int]:
     if index < request.num_tokens:
         return request.output_token_ids[index - request.num_prompt_tokens], -1
     return 0, request.pending_row
-
-
-def _to_device(values: Any, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """A tensor on the device, without waiting for what the device is doing."""
-    return torch.as_tensor(np.asarray(values), dtype=dtype).pin_memory().to(device, non_blocking=True)

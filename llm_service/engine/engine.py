@@ -63,8 +63,7 @@ class LLMEngine:
         self.kv_cache_manager = KVCacheManager(
             num_kv_blocks,
             config.block_size,
-            # no finer than a hash is worth, and dividing the block
-            prefix_multiple=config.prefill_chunk_size if exact else math.gcd(config.block_size, FAST_PREFIX_MULTIPLE),
+            prefix_multiple=prefix_multiple(config, exact=exact),
             position_rule=mrope_rule,
         )
         self.scheduler = Scheduler(
@@ -122,8 +121,9 @@ class LLMEngine:
         if len(requests) > len(logits_BV):
             logits_BV = logits_BV[scheduled.logits_rows]
         sampled = self.sampler.sample(logits_BV, requests)
-        self.model_runner.remember_tokens(sampled.token_ids_B, requests)
         must_be_seen = not self.model_runner.is_asynchronous or any(request.must_see_tokens for request in requests)
+        if not must_be_seen:
+            self.model_runner.remember_tokens(sampled.token_ids_B, requests)
         return _Launched(scheduled, sampled, must_be_seen)
 
     def _collect(self, launched: "_Launched") -> list[RequestOutput]:
@@ -175,6 +175,12 @@ def make_model_runner(loaded: LoadedHalf, config: EngineConfig, *, exact: bool) 
     if loaded.device.type == "cuda" and is_supported(text_model_and_head(loaded.model)[0]):
         return CudaModelRunner(loaded, config, exact=exact)
     return TransformersRunner(loaded, config, exact=exact)
+
+
+def prefix_multiple(config: EngineConfig, *, exact: bool) -> int:
+    """Prompts share their beginnings in whole multiples of so many tokens: chunks in `exact`, else what divides a block
+    and is no finer than a hash is worth."""
+    return config.prefill_chunk_size if exact else math.gcd(config.block_size, FAST_PREFIX_MULTIPLE)
 
 
 def model_max_len(text_config: Any) -> int:

@@ -20,6 +20,7 @@ from llm_service.engine.attention import (
     PackedSequence,
     causal_mask,
 )
+from llm_service.engine.device import to_device
 from llm_service.engine.request import Request
 from llm_service.engine.scheduler import ScheduledRequest, SchedulerOutput
 
@@ -89,7 +90,7 @@ class TransformersRunner:
     def execute(self, output: SchedulerOutput) -> Tensor:
         """In float32."""
         scheduled = output.scheduled
-        self.copy_blocks(output.block_copies)
+        copy_blocks(self.kv_cache, output.block_copies)
         rows = packed_rows(scheduled)
         images = packed_images(scheduled, rows)
         embeds_TD = self._pad(self._embed(scheduled, images))
@@ -105,12 +106,6 @@ class TransformersRunner:
             return torch.empty(0, self.lm_head.out_features)
         logits_BV: Tensor = self.lm_head(self._pad(hidden_TD[last_rows]))[: len(last_rows)]
         return logits_BV.float()
-
-    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
-        """Copies KV blocks, pairs of from and to; all are read before one is written."""
-        if copies:
-            sources, targets = torch.tensor(copies, device=self.device).T
-            self.kv_cache[:, :, targets] = self.kv_cache[:, :, sources]
 
     def _embed(self, scheduled: list[ScheduledRequest], images: list[PackedImage]) -> Tensor:
         """Embeddings `[T, D]` of the scheduled tokens; image placeholders become the feature rows they stand for."""
@@ -166,6 +161,13 @@ def kv_cache_shape(text_config: Any, num_blocks: int, block_size: int) -> tuple[
     layers = text_config.num_hidden_layers
     kv_heads = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
     return layers, 2, num_blocks, block_size, kv_heads, head_dim
+
+
+def copy_blocks(kv_cache: Tensor, copies: Sequence[tuple[int, int]]) -> None:
+    """Copies KV blocks, pairs of from and to; all are read before one is written."""
+    if copies:
+        sources, targets = to_device(kv_cache.device, copies).T
+        kv_cache[:, :, targets] = kv_cache[:, :, sources]
 
 
 def packed_rows(scheduled: list[ScheduledRequest]) -> list[slice]:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llm_service.engine.device import to_device
 from llm_service.engine.request import Request, SamplingParams, TokenLogprobs
 from llm_service.engine.structured_output import GrammarState, TokenMasks, forbidden
 
@@ -49,10 +50,10 @@ class Sampler:
         token_ids_B = greedy_B if edited_BV is logits_BV else edited_BV.argmax(-1)
         if plan.drawn is not None:
             drawn_RV = edited_BV if len(plan.drawn.rows) == len(requests) else edited_BV[plan.drawn.index]
-            token_ids_R = draw(warp(drawn_RV, plan.drawn), _to(logits_BV.device, plan.drawn.uniforms(requests)))
+            token_ids_R = draw(warp(drawn_RV, plan.drawn), to_device(logits_BV.device, plan.drawn.uniforms(requests)))
             token_ids_B = token_ids_B.index_copy(0, plan.drawn.index, token_ids_R)
         if forced := plan.forced_tokens():
-            rows, token_ids = _to(logits_BV.device, forced).T
+            rows, token_ids = to_device(logits_BV.device, forced).T
             token_ids_B = token_ids_B.index_copy(0, rows, token_ids)
         # a NaN anywhere is the maximum
         token_ids_B = token_ids_B.where(maxima_B.isfinite(), -1)
@@ -75,12 +76,12 @@ class Sampler:
             rows, token_ids, biases = plan.bias
             logits_BV.index_put_((rows, token_ids), biases, accumulate=True)
         if early_ends:
-            rows, token_ids = _to(logits_BV.device, early_ends).T
+            rows, token_ids = to_device(logits_BV.device, early_ends).T
             logits_BV.index_put_((rows, token_ids), torch.full((), -math.inf, device=logits_BV.device))
         if plan.constrained:
-            index = _to(logits_BV.device, list(plan.constrained))
+            index = to_device(logits_BV.device, list(plan.constrained))
             masks = self._masks.compute(list(plan.constrained.values()), logits_BV.shape[1])
-            outside = forbidden(_to(logits_BV.device, masks), logits_BV.shape[1])
+            outside = forbidden(to_device(logits_BV.device, masks), logits_BV.shape[1])
             logits_BV[index] = logits_BV[index].masked_fill(outside, -math.inf)
         return logits_BV
 
@@ -115,7 +116,7 @@ class _Logprobs:
 
     @classmethod
     def of(cls, logits_BV: Tensor, token_ids_B: Tensor, counts: dict[int, int]) -> "_Logprobs":
-        index = _to(logits_BV.device, list(counts))
+        index = to_device(logits_BV.device, list(counts))
         logprobs_LV = logits_BV[index].log_softmax(-1)
         chosen_L1 = logprobs_LV.gather(-1, token_ids_B[index].clamp(min=0)[:, None])
         values_LK, ids_LK = logprobs_LV.topk(min(max(counts.values()), logits_BV.shape[-1]))
@@ -136,12 +137,12 @@ class DrawnRows:
 
     def __init__(self, rows: list[int], params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device):
         self.rows = rows
-        self.index = _to(device, rows)
+        self.index = to_device(device, rows)
         self.has_top_p = any(one.top_p < 1 for one in params)
         self.has_min_p = any(one.min_p > 0 for one in params)
         self.max_top_k = max(one.top_k for one in params)
         self.temperature = _column(device, [min(one.temperature, MAX_TEMPERATURE) for one in params])
-        self.top_k = _to(device, [one.top_k for one in params])[:, None]
+        self.top_k = to_device(device, [one.top_k for one in params])[:, None]
         self.top_p = _column(device, [one.top_p for one in params], torch.float64)
         self.min_p = _column(device, [one.min_p for one in params])
         self._keys = _mix(np.array([seed % 2**64 for seed in seeds], np.uint64))
@@ -170,7 +171,7 @@ class PenalizedRows:
         params = [requests[row].sampling_params for row in rows]
         return cls(
             [requests[row] for row in rows],
-            _to(device, rows),
+            to_device(device, rows),
             _column(device, [one.repetition_penalty for one in params]),
             _column(device, [one.presence_penalty for one in params]),
             _column(device, [one.frequency_penalty for one in params]),
@@ -200,7 +201,7 @@ class _Plan:
         biases = [(row, token, bias) for row, one in enumerate(params) for token, bias in one.logit_bias]
         if biases:
             rows, token_ids, values = zip(*biases, strict=True)
-            self.bias = _to(device, rows), _to(device, token_ids), _to(device, values, torch.float32)
+            self.bias = to_device(device, rows), to_device(device, token_ids), to_device(device, values, torch.float32)
         edited = self.penalized or self.bias or self.constrained or self._with_min_tokens
         self.is_greedy = not (edited or drawn or self.logprobs)
 
@@ -243,10 +244,10 @@ class _TokenCounts:
             said_from = max(start, request.num_prompt_tokens)
             said += [(row, token) for token in request.token_ids(said_from, request.num_tokens)]
         if seen:
-            rows, token_ids = _to(logits_BV.device, seen).T
+            rows, token_ids = to_device(logits_BV.device, seen).T
             self._seen_PV.index_put_((rows, token_ids), torch.ones((), dtype=torch.bool, device=logits_BV.device))
         if said:
-            rows, token_ids = _to(logits_BV.device, said).T
+            rows, token_ids = to_device(logits_BV.device, said).T
             self._counts_PV.index_put_((rows, token_ids), torch.ones((), device=logits_BV.device), accumulate=True)
         return self._seen_PV, self._counts_PV
 
@@ -259,7 +260,7 @@ class _TokenCounts:
         counts_PV = torch.zeros(shape, device=logits_BV.device)
         kept = [(new, row) for new, row in enumerate(old) if row is not None]
         if kept:
-            targets, sources = _to(logits_BV.device, kept).T
+            targets, sources = to_device(logits_BV.device, kept).T
             seen_PV[targets] = self._seen_PV[sources]
             counts_PV[targets] = self._counts_PV[sources]
         self._num_counted = [0 if row is None else self._num_counted[row] for row in old]
@@ -321,11 +322,5 @@ def _mix(values: "np.ndarray[Any, np.dtype[np.uint64]]") -> "np.ndarray[Any, np.
     return values ^ (values >> np.uint64(31))
 
 
-def _to(device: torch.device, values: Any, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor on the device, without waiting for what the device is doing."""
-    tensor = torch.as_tensor(values, dtype=dtype)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
 def _column(device: torch.device, values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
-    return _to(device, values, dtype)[:, None]
+    return to_device(device, values, dtype)[:, None]

@@ -18,9 +18,6 @@ from llm_service.api.app import create_app
 from llm_service.config import ApiConfig, EngineConfig
 from llm_service.engine.request import FinishReason, Request, RequestOutput
 from llm_service.server import LLMServer
-from tests.test_api import http, sdk, services
-
-__all__ = ["http", "sdk", "services"]
 
 # Qwen2.5's template, shortened: tools in the system message, calls and results in tags
 TOOL_TEMPLATE = (

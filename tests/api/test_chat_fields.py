@@ -13,7 +13,7 @@ from llm_service.api import stream
 from llm_service.api.chat_completions import ChatCompletionRequest
 from tests.api.conftest import Service, events_of
 from tests.conftest import picture
-from tests.test_api import body, image_part
+from tests.services import body, image_part
 
 URL = "/v1/chat/completions"
 

@@ -12,7 +12,7 @@ from llm_service.config import ApiConfig, FetchConfig
 from llm_service.fetch import ImageFetcher
 from tests.api.conftest import Service
 from tests.conftest import picture
-from tests.test_api import body, data_url, image_part
+from tests.services import body, data_url, image_part
 
 URL = "/v1/chat/completions"
 

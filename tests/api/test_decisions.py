@@ -15,7 +15,7 @@ from deploy.shapes.scenes import render
 from llm_service.server import GenerationOptions
 from tests.api.conftest import Service
 from tests.conftest import picture
-from tests.test_api import data_url
+from tests.services import data_url
 
 URL = "/v1/decisions"
 CHOICE = {"type": "choice", "instructions": "What colour?", "choices": [{"value": "red"}, {"value": "dark blue"}]}

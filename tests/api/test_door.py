@@ -13,7 +13,7 @@ from common import metrics
 from llm_service.config import AdmissionConfig, ApiConfig, ApiKey
 from tests.api.conftest import Service, events_of
 from tests.conftest import picture
-from tests.test_api import body, image_part
+from tests.services import body, image_part
 
 URL = "/v1/chat/completions"
 

@@ -12,7 +12,7 @@ from common.errors import UnavailableError
 from llm_service.engine.request import FinishReason
 from tests.api.conftest import Service, events_of
 from tests.conftest import picture
-from tests.test_api import body, data_url, image_part
+from tests.services import body, data_url, image_part
 
 CHAT = "/v1/chat/completions"
 

@@ -11,7 +11,7 @@ import pytest
 from llm_service.engine.request import FinishReason
 from tests.api.conftest import Service, events_of
 from tests.conftest import picture
-from tests.test_api import body, image_part
+from tests.services import body, image_part
 
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 TOOL = {

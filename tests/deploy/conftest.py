@@ -7,7 +7,8 @@ import pytest
 
 from common.cache import LocalTier, TieredCache
 from common.config import MIB, ModelConfig
-from common.media_store import LocalStorage, MediaStore
+from common.media_storage import LocalStorage
+from common.media_store import MediaStore
 from encoder_service.config import EncoderConfig
 from encoder_service.server import EncoderServer
 from llm_service.api.app import create_app

@@ -16,7 +16,7 @@ from llm_service.chat import ChatMessage
 from llm_service.config import EngineConfig
 from llm_service.server import GenerationOptions, LLMServer
 from tests.conftest import picture, serving
-from tests.test_equality import Services
+from tests.services import Services
 
 
 @pytest.fixture(scope="module")

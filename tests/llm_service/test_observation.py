@@ -8,7 +8,7 @@ import pytest
 
 from common import metrics
 from tests.conftest import picture
-from tests.test_equality import Services
+from tests.services import Services
 
 
 @pytest.fixture
