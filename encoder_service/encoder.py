@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from common.checkpoint import LoadedHalf, device_capability, load_geometry, load_preprocessor_config
+from common.checkpoint import LoadedHalf, base_of, device_capability, load_geometry, load_preprocessor_config
 from common.config import ImageLimits
 from common.embedding import Grid, VisionEmbedding, deepstack_names
 from common.geometry import PatchGeometry
@@ -16,6 +16,9 @@ from common.identity import EmbeddingNamespace
 from common.media import MediaParams
 from encoder_service.preprocess import ImagePreprocessor, decoder_version
 from encoder_service.stock_preprocess import StockPreprocessor
+
+if torch.cuda.is_available():  # Triton comes with the CUDA builds of torch only
+    from encoder_service.vision_tower import VisionTower
 
 
 class Preprocessed(Protocol):
@@ -67,6 +70,10 @@ class VisionEncoder:
             preprocessing=preprocessor.fingerprint(),
             image_decoder=decoder_version(),
         )
+        if preprocessor.can_batch and half.device.type == "cuda" and half.dtype.itemsize == 2:
+            base: Any = base_of(half.model)
+            base.visual = VisionTower(base.visual, exact=not self.is_batched)
+            base.visual.warm_up()
 
     def encode(self, images: Sequence[Preprocessed]) -> list[VisionEmbedding]:
         """One embedding for each image, on the CPU, in order."""

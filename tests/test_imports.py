@@ -28,7 +28,7 @@ ROOMS = {
     "PIL": ("common/media.py", "encoder_service/", "deploy/"),
     "transformers": ("common/", "encoder_service/", "llm_service/", "deploy/"),
     "torch": ("common/", "encoder_service/", "llm_service/", "deploy/"),
-    "triton": ("llm_service/engine/kernels.py",),
+    "triton": ("encoder_service/kernels.py", "llm_service/engine/kernels.py"),
     "opentelemetry": ("common/tracing.py",),
     "pickle": (),
 }
