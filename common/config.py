@@ -6,6 +6,8 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 MIB = 1024**2
 
+ImageBackend = Literal["pil", "torchvision"]
+
 
 class Config(BaseModel):
     """A frozen model that refuses unknown fields: an option that has no effect is an error."""
@@ -37,6 +39,9 @@ class ModelConfig(Config):
     )
     mrope_rule: Literal["auto", "qwen", "hf5"] = Field(
         "auto", description="position rule after clips; `auto`: the checkpoint's `mrope_rule`, else `qwen`"
+    )
+    image_backend: ImageBackend = Field(
+        "pil", description="pixels as transformers' processors have them with Pillow, or (Qwen's families) torchvision"
     )
     num_threads: int = Field(1, ge=1, description="torch threads of a replica on CPU; features depend on it")
     min_pixels: int | None = Field(None, ge=1, description="pixel budget of an image; default: the checkpoint's")

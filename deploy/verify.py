@@ -23,9 +23,10 @@ from PIL import Image, ImageDraw, ImageOps
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoProcessor, AutoTokenizer
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils import is_torchvision_available
 
 from common.checkpoint import (
     LoadedHalf,
@@ -37,7 +38,7 @@ from common.checkpoint import (
     load_preprocessor_config,
     weights_digest,
 )
-from common.config import ModelConfig
+from common.config import ImageBackend, ModelConfig
 from common.families import family_of
 from common.identity import system_fingerprint
 from common.media import FORMATS
@@ -212,9 +213,7 @@ class OnePieceModel:
         self._tokenizer = AutoTokenizer.from_pretrained(directory)
         self._makes_pixels = family_of(self._hf_config).own_pixels
         self._processor: Any = (
-            Qwen2VLImageProcessorPil(**load_preprocessor_config(directory))
-            if self._makes_pixels
-            else whole_processor(directory)
+            qwen_processor(directory, config.image_backend) if self._makes_pixels else whole_processor(directory)
         )
 
     @torch.inference_mode()
@@ -271,7 +270,9 @@ class OnePieceModel:
         """The fingerprint a service over these very weights and this software must have, with the default engine."""
         digest = weights_digest(self._model, "vision")
         vision = LoadedHalf(self._model, self._hf_config, self._device, self._dtype, digest)
-        preprocessor = load_preprocessor(self._directory, self._hf_config, self._config.limits)
+        preprocessor = load_preprocessor(
+            self._directory, self._hf_config, self._config.limits, self._config.image_backend
+        )
         return system_fingerprint(
             vision=VisionEncoder(vision, preprocessor, self._config.numerics).namespace,
             language_weights=weights_digest(self._model, "language"),
@@ -279,6 +280,17 @@ class OnePieceModel:
             decoder=decoder_description(self._config, self._device, EngineConfig()),
             versions=library_versions(),
         )
+
+
+def qwen_processor(directory: Path, image_backend: ImageBackend) -> Any:
+    """transformers' own, for that backend. Raises ServiceError."""
+    if image_backend == "pil":
+        return Qwen2VLImageProcessorPil(**load_preprocessor_config(directory))
+    if not is_torchvision_available():  # transformers would take the one for PIL in its place
+        raise service.ServiceError(
+            "model.image_backend is 'torchvision': the reference, transformers' processor, needs torchvision installed"
+        )
+    return AutoImageProcessor.from_pretrained(directory, backend=image_backend)
 
 
 def whole_processor(directory: Path) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from common.checkpoint import LoadedHalf, base_of, device_capability, load_geometry, load_preprocessor_config
-from common.config import ImageLimits
+from common.config import ImageBackend, ImageLimits
 from common.embedding import Grid, VisionEmbedding, deepstack_names
 from common.geometry import PatchGeometry
 from common.identity import EmbeddingNamespace
@@ -44,11 +44,19 @@ class Preprocessor(Protocol):
     def fingerprint(self) -> str: ...
 
 
-def load_preprocessor(directory: Path, config: Any, limits: ImageLimits) -> Preprocessor:
+def load_preprocessor(
+    directory: Path, config: Any, limits: ImageLimits, image_backend: ImageBackend = "pil"
+) -> Preprocessor:
+    """Raises ValueError for an image backend that the family does not have."""
     geometry = load_geometry(directory, config)
     if isinstance(geometry, PatchGeometry):
         frames = config.vision_config.temporal_patch_size
-        return ImagePreprocessor(geometry, load_preprocessor_config(directory), limits, frames)
+        return ImagePreprocessor(geometry, load_preprocessor_config(directory), limits, frames, image_backend)
+    if image_backend != "pil":
+        raise ValueError(
+            f"model.image_backend is {image_backend!r}, but models of type {config.model_type!r} take their pixels "
+            "from transformers' own PIL processor: leave it at 'pil'"
+        )
     return StockPreprocessor(directory, config, geometry, limits)
 
 

@@ -1,7 +1,8 @@
 """Image bytes to uint8 patches on the CPU, and patches to pixel values on the device.
 
-Equal, bit for bit, to transformers' Qwen2VLImageProcessorPil given the oriented image. Patches stay uint8 and carry
-one frame until they reach the device: 8 times fewer bytes than the processor's float32 pixel values.
+Equal, bit for bit, to transformers' Qwen2VLImageProcessorPil or, with the image backend `torchvision`, to its
+Qwen2VLImageProcessor, given the oriented image. Patches stay uint8 and carry one frame until they reach the device: 8
+times fewer bytes than the processor's float32 pixel values.
 """
 
 import json
@@ -11,17 +12,20 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, features
 from PIL import __version__ as pillow_version
 from torch import Tensor
 
-from common.config import ImageLimits
+from common.config import ImageBackend, ImageLimits
 from common.embedding import Grid
 from common.errors import InvalidRequestError
 from common.geometry import PatchGeometry
 from common.media import MediaParams, open_image, orientation_of
 
 _VERSION = 1  # of this file's arithmetic; part of the namespace
+
+Pixels = np.ndarray[Any, Any]
 
 # OPENAI_CLIP_MEAN and OPENAI_CLIP_STD, the processor's defaults
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -64,6 +68,7 @@ class ImagePreprocessor:
         preprocessor: Mapping[str, Any],
         limits: ImageLimits,
         temporal_patch_size: int = 2,
+        image_backend: ImageBackend = "pil",
     ) -> None:
         for option in ("do_resize", "do_rescale", "do_normalize"):
             if not preprocessor.get(option, True):
@@ -73,7 +78,8 @@ class ImagePreprocessor:
         self.geometry = geometry
         self.limits = limits
         self.temporal_patch_size = temporal_patch_size
-        self.rescale_factor = preprocessor.get("rescale_factor", 1 / 255)
+        self.image_backend = image_backend
+        self.rescale_factor: float = preprocessor.get("rescale_factor", 1 / 255)
         self.mean = tuple(preprocessor.get("image_mean") or _MEAN)
         self.std = tuple(preprocessor.get("image_std") or _STD)
         self._table = self.normalization_table()
@@ -82,9 +88,22 @@ class ImagePreprocessor:
         """Raises InvalidRequestError for bytes that are not a whole image within the limits."""
         image = decode(data, self.limits)
         grid = params.grid(self.geometry, image.height, image.width)
+        return PreprocessedImage(patches=self.patchify(self.resize(image, grid), grid), grid_thw=grid)
+
+    def resize(self, image: Image.Image, grid: Grid) -> Pixels:
+        """An RGB image as uint8 `[H, W, 3]`, of the size of the grid. May share the memory of the image."""
         size = (grid[2] * self.geometry.patch_size, grid[1] * self.geometry.patch_size)
-        resized = image.resize(size, Image.Resampling.BICUBIC)
-        return PreprocessedImage(patches=self._patchify(np.asarray(resized), grid), grid_thw=grid)
+        if image.size == size:
+            return np.asarray(image)
+        return _resize_as_pil(image, size) if self.image_backend == "pil" else _resize_as_torchvision(image, size)
+
+    def patchify(self, pixels: Pixels, grid: Grid) -> Tensor:
+        """uint8 `[H, W, 3]` of the size of the grid to the patches of a `PreprocessedImage`: one copy."""
+        patch, merge = self.geometry.patch_size, self.geometry.merge_size
+        _, h, w = grid
+        blocks = pixels.reshape(h // merge, merge, patch, w // merge, merge, patch, 3)
+        patches = np.ascontiguousarray(blocks.transpose(0, 3, 1, 4, 6, 2, 5))
+        return torch.from_numpy(patches.reshape(h * w, 3, patch, patch))
 
     def model_inputs(self, images: Sequence[PreprocessedImage], device: torch.device) -> dict[str, Tensor]:
         """What `get_image_features` takes for a batch, on its device."""
@@ -97,20 +116,28 @@ class ImagePreprocessor:
     def fingerprint(self) -> str:
         """Everything here that pixel values depend on besides the image and its params, for the namespace."""
         settings = [self.rescale_factor, self.mean, self.std, self.geometry.patch_size, self.geometry.merge_size]
-        return json.dumps(["pil", _VERSION, *settings])
+        return json.dumps([self.image_backend, _VERSION, *settings])
 
     def normalization_table(self) -> Tensor:
         """float32 `[3, 256]`: the pixel value of each level of each channel, by the processor's own arithmetic."""
+        if self.image_backend == "torchvision":  # which scales the constants to the levels, not the levels to one
+            scaled = torch.tensor([self.mean, self.std])[:, :, None] * (1.0 / self.rescale_factor)
+            return (torch.arange(256.0) - scaled[0]) / scaled[1]
         levels = (np.arange(256, dtype=np.float64) * self.rescale_factor).astype(np.float32)
         mean, std = (np.array(values, np.float32)[:, None] for values in (self.mean, self.std))
         return torch.from_numpy((levels - mean) / std)
 
-    def _patchify(self, pixels: np.ndarray[Any, Any], grid: Grid) -> Tensor:
-        patch, merge = self.geometry.patch_size, self.geometry.merge_size
-        _, h, w = grid
-        blocks = pixels.reshape(h // merge, merge, patch, w // merge, merge, patch, 3)
-        patches = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(h * w, 3, patch, patch)
-        return torch.from_numpy(np.ascontiguousarray(patches))
+
+def _resize_as_pil(image: Image.Image, size: tuple[int, int]) -> Pixels:
+    return np.asarray(image.resize(size, Image.Resampling.BICUBIC))
+
+
+def _resize_as_torchvision(image: Image.Image, size: tuple[int, int]) -> Pixels:
+    """What torchvision does with a uint8 tensor on a CPU: torch's own operator, in fixed point, rounded once."""
+    planes = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    resized = F.interpolate(planes, size=(size[1], size[0]), mode="bicubic", antialias=True)
+    pixels: Pixels = resized[0].permute(1, 2, 0).numpy()
+    return pixels
 
 
 def decode(data: bytes, limits: ImageLimits) -> Image.Image:
@@ -150,4 +177,4 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         background = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(background, image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it

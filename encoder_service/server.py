@@ -48,7 +48,7 @@ class EncoderServer:
         directory = checkpoint_directory(model)
         self._geometry = load_geometry(directory, half.config)
         self._limits = model.limits
-        self._preprocess = load_preprocessor(directory, half.config, model.limits)
+        self._preprocess = load_preprocessor(directory, half.config, model.limits, model.image_backend)
         self._encoder = VisionEncoder(half, self._preprocess, model.numerics)
         self._dtype = half.dtype
         self._batcher = Batcher(self._encoder.encode, config)
