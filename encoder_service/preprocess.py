@@ -25,7 +25,7 @@ from common.media import MediaParams, open_image, orientation_of
 
 _VERSION = 1  # of this file's arithmetic; part of the namespace
 
-Pixels = np.ndarray[Any, Any]
+Planes = Sequence[np.ndarray[Any, Any]]  # red, green and blue, each uint8 `[H, W]`
 
 # OPENAI_CLIP_MEAN and OPENAI_CLIP_STD, the processor's defaults
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -90,20 +90,24 @@ class ImagePreprocessor:
         grid = params.grid(self.geometry, image.height, image.width)
         return PreprocessedImage(patches=self.patchify(self.resize(image, grid), grid), grid_thw=grid)
 
-    def resize(self, image: Image.Image, grid: Grid) -> Pixels:
-        """An RGB image as uint8 `[H, W, 3]`, of the size of the grid. May share the memory of the image."""
+    def resize(self, image: Image.Image, grid: Grid) -> Planes:
+        """An RGB image at the size of the grid."""
         size = (grid[2] * self.geometry.patch_size, grid[1] * self.geometry.patch_size)
-        if image.size == size:
-            return np.asarray(image)
-        return _resize_as_pil(image, size) if self.image_backend == "pil" else _resize_as_torchvision(image, size)
+        if image.size != size and self.image_backend == "torchvision":
+            return _resize_as_torchvision(image, size)
+        resized = image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+        return [np.asarray(band) for band in resized.split()]
 
-    def patchify(self, pixels: Pixels, grid: Grid) -> Tensor:
-        """uint8 `[H, W, 3]` of the size of the grid to the patches of a `PreprocessedImage`: one copy."""
+    def patchify(self, planes: Planes, grid: Grid) -> Tensor:
+        """The patches of a `PreprocessedImage`, of planes of the size of the grid."""
         patch, merge = self.geometry.patch_size, self.geometry.merge_size
         _, h, w = grid
-        blocks = pixels.reshape(h // merge, merge, patch, w // merge, merge, patch, 3)
-        patches = np.ascontiguousarray(blocks.transpose(0, 3, 1, 4, 6, 2, 5))
-        return torch.from_numpy(patches.reshape(h * w, 3, patch, patch))
+        # A row of a patch is one item: copying item by item is twice as fast as byte by byte.
+        rows = np.empty((h // merge, w // merge, merge, merge, 3, patch), f"V{patch}")
+        for channel, plane in enumerate(planes):
+            cut = plane.view(rows.dtype).reshape(h // merge, merge, patch, w // merge, merge)
+            rows[..., channel, :] = cut.transpose(0, 3, 1, 4, 2)
+        return torch.from_numpy(rows.view(np.uint8).reshape(h * w, 3, patch, patch))
 
     def model_inputs(self, images: Sequence[PreprocessedImage], device: torch.device) -> dict[str, Tensor]:
         """What `get_image_features` takes for a batch, on its device."""
@@ -128,16 +132,11 @@ class ImagePreprocessor:
         return torch.from_numpy((levels - mean) / std)
 
 
-def _resize_as_pil(image: Image.Image, size: tuple[int, int]) -> Pixels:
-    return np.asarray(image.resize(size, Image.Resampling.BICUBIC))
-
-
-def _resize_as_torchvision(image: Image.Image, size: tuple[int, int]) -> Pixels:
+def _resize_as_torchvision(image: Image.Image, size: tuple[int, int]) -> Planes:
     """What torchvision does with a uint8 tensor on a CPU: torch's own operator, in fixed point, rounded once."""
-    planes = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-    resized = F.interpolate(planes, size=(size[1], size[0]), mode="bicubic", antialias=True)
-    pixels: Pixels = resized[0].permute(1, 2, 0).numpy()
-    return pixels
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    resized = F.interpolate(pixels, size=(size[1], size[0]), mode="bicubic", antialias=True)
+    return list(resized[0].contiguous().numpy())
 
 
 def decode(data: bytes, limits: ImageLimits) -> Image.Image:
@@ -165,8 +164,8 @@ def pixel_values(patches: Tensor, table: Tensor, temporal_patch_size: int) -> Te
 
     A still image doubles its frame. A table look-up is exact, whatever the device.
     """
-    channels = [table[channel][patches[:, channel].int()] for channel in range(3)]
-    values = torch.stack(channels, 1)[:, :, None]
+    entries = patches.int() + 256 * torch.arange(3, dtype=torch.int32, device=patches.device)[:, None, None]
+    values = table.flatten().index_select(0, entries.flatten()).view(patches.shape)[:, :, None]
     return values.expand(-1, -1, temporal_patch_size, -1, -1).reshape(len(patches), -1)
 
 

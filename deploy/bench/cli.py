@@ -118,6 +118,19 @@ def engine(
             decoder.run_gpu(output)
 
 
+@bench.command()
+def preprocess(
+    sizes: Annotated[str, typer.Option(help="Sides of square pictures.")] = "448,980,1024,1792",
+    rounds: Annotated[int, typer.Option(min=3, help="Of each measurement.")] = 15,
+    output: Annotated[Path, typer.Option(help="The figures.")] = Path("fovea-bench-preprocess.json"),
+) -> None:
+    """Decoded picture to patches on one thread, by both image backends and by transformers' PIL processor."""
+    from deploy.bench import preprocess as pixels
+
+    with waiting("measuring"):
+        pixels.run([int(size) for size in sizes.split(",")], rounds, output)
+
+
 @bench.command("bad-input")
 def bad_input(
     model: Annotated[Path, typer.Option(help="A checkpoint directory; the embedded model by default.")] = CHECKPOINT,
