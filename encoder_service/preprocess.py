@@ -23,7 +23,7 @@ from common.errors import InvalidRequestError
 from common.geometry import PatchGeometry
 from common.media import MediaParams, open_image, orientation_of
 
-_VERSION = 1  # of this file's arithmetic; part of the namespace
+_VERSION = 2  # of this file's arithmetic; part of the namespace
 
 Planes = Sequence[np.ndarray[Any, Any]]  # red, green and blue, each uint8 `[H, W]`
 
@@ -171,9 +171,17 @@ def pixel_values(patches: Tensor, table: Tensor, temporal_patch_size: int) -> Te
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode == "I":
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+        image = _eight_bits(image)
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         background = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(background, image).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    levels = np.asarray(image).astype(np.uint32)
+    scaled = Image.fromarray((levels >> 8).astype(np.uint8))
+    if (clear := image.info.get("transparency")) is not None:
+        scaled.putalpha(Image.fromarray((levels != clear).astype(np.uint8) * 255))
+    return scaled

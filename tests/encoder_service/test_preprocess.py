@@ -14,7 +14,7 @@ from common.config import ImageLimits
 from common.errors import InvalidRequestError
 from common.geometry import PatchGeometry
 from common.media import MediaParams, image_header
-from encoder_service.preprocess import ImagePreprocessor, pixel_values
+from encoder_service.preprocess import ImagePreprocessor, decode, pixel_values
 
 GEOMETRY = PatchGeometry(patch_size=14, merge_size=2, hidden_size=64, min_pixels=56 * 56, max_pixels=28 * 28 * 64)
 PARAMS = MediaParams(min_pixels=GEOMETRY.min_pixels, max_pixels=GEOMETRY.max_pixels)
@@ -39,7 +39,8 @@ def assert_equals_processor(data: bytes) -> None:
     assert ours.grid_thw == tuple(reference.image_grid_thw[0].tolist())
     values = pixel_values(ours.patches, PREPROCESS.normalization_table(), temporal_patch_size=2)
     assert torch.equal(values, reference.pixel_values)
-    header = image_header(data, ImageLimits())
+    header, decoded = image_header(data, ImageLimits()), decode(data, ImageLimits())
+    assert (header.height, header.width) == (decoded.height, decoded.width)
     assert PARAMS.grid(GEOMETRY, header.height, header.width) == ours.grid_thw
 
 
