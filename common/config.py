@@ -21,6 +21,8 @@ class ImageLimits(Config):
     max_images: int = Field(16, ge=0, description="images in one request")
     max_image_bytes: int = Field(20 * MIB, ge=1, description="encoded bytes of one image")
     max_image_pixels: int = Field(64 * 1000 * 1000, ge=1, description="decoded pixels of one image")
+    max_image_frames: int = Field(1024, ge=1, description="frames in an animation")
+    max_image_scans: int = Field(100, ge=1, description="scans in a progressive JPEG, which usually has about ten")
 
 
 class ModelConfig(Config):

@@ -1,12 +1,13 @@
 """What is sent to be encoded, and what an image's header alone says: type, size, orientation. No pixels here."""
 
 import io
+import math
 import time
 from dataclasses import dataclass
 
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, PngImagePlugin
 
-from common.config import ImageLimits
+from common.config import MIB, ImageLimits
 from common.embedding import Grid
 from common.errors import DeadlineExceededError, InvalidRequestError, PayloadTooLargeError
 from common.geometry import ImageGeometry
@@ -16,6 +17,14 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 # Limits are ours and are checked before anything is decoded; Pillow's own limit would hide the size from the message.
 Image.MAX_IMAGE_PIXELS = None
+
+# The texts of a PNG are unpacked with its header, and kept; nothing but an orientation in one of them is of use.
+PngImagePlugin.MAX_TEXT_MEMORY = 4 * MIB
+
+_MAX_HEADER_READS = 2**14
+_MAX_COSTLY_READS = 32
+_EXIF = b"Exif\0\0"
+_PACKED_CHUNKS = (b"iCCP", b"iTXt", b"zTXt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +73,24 @@ class MediaItem:
             raise DeadlineExceededError("the time limit of the request is over", code="deadline_exceeded")
 
 
+class _Header(io.BytesIO):
+    """A file in front of whose pixels a decoder may read so many pieces: some have millions of empty blocks there.
+
+    A segment of a JPEG is four pieces. Costly are chunks of a PNG that unpack to a mebibyte, and segments of Exif, each
+    of which is joined to all before it.
+    """
+
+    reads_left: float = _MAX_HEADER_READS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        piece = super().read(size)
+        is_costly = piece.startswith(_EXIF) or piece[4:8] in _PACKED_CHUNKS
+        self.reads_left -= _MAX_HEADER_READS / _MAX_COSTLY_READS if is_costly else 1
+        if self.reads_left < 0:
+            raise InvalidRequestError("the image has too many blocks in front of its pixels", code="invalid_image")
+        return piece
+
+
 @dataclass(frozen=True, slots=True)
 class ImageHeader:
     """`height` and `width` in pixels as displayed, that is with the EXIF `orientation` (1 to 8) applied."""
@@ -95,8 +122,10 @@ def open_image(data: bytes, limits: ImageLimits) -> Image.Image:
             code="image_too_large",
         )
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except MemoryError:
+        source = _Header(data)
+        image = Image.open(source, formats=FORMATS)
+        source.reads_left = math.inf
+    except (MemoryError, InvalidRequestError):
         raise
     except Exception as exc:  # decoders raise anything; their text may hold addresses, so it is not passed on
         raise InvalidRequestError(

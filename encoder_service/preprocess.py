@@ -22,6 +22,7 @@ from common.embedding import Grid
 from common.errors import InvalidRequestError
 from common.geometry import PatchGeometry
 from common.media import MediaParams, open_image, orientation_of
+from encoder_service.image_blocks import check_blocks
 
 _VERSION = 2  # of this file's arithmetic; part of the namespace
 
@@ -142,6 +143,7 @@ def _resize_as_torchvision(image: Image.Image, size: tuple[int, int]) -> Planes:
 def decode(data: bytes, limits: ImageLimits) -> Image.Image:
     """An upright RGB image: EXIF orientation applied, transparency composited on white, 16 bits scaled to 8."""
     image = open_image(data, limits)
+    check_blocks(image, data, limits)
     orientation = orientation_of(image)
     try:
         image.load()

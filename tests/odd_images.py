@@ -3,11 +3,13 @@
 import io
 import struct
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms
+
+from deploy.bench.image_bombs import png
 
 Pixels = np.ndarray[Any, Any]
 
@@ -27,26 +29,6 @@ def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     return buffer.getvalue()
-
-
-def png_chunk(tag: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + tag + data + struct.pack(">I", zlib.crc32(tag + data))
-
-
-def png(
-    size: tuple[int, int],
-    depth: int,
-    colour: int,
-    pixel_data: bytes,
-    *,
-    interlaced: bool = False,
-    before: Iterable[tuple[bytes, bytes]] = (),
-    after: Iterable[tuple[bytes, bytes]] = (),
-) -> bytes:
-    """`pixel_data` is compressed; chunks stand `before` it and `after` it."""
-    header = struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, interlaced)
-    chunks = [(b"IHDR", header), *before, (b"IDAT", pixel_data), *after, (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(tag, data) for tag, data in chunks)
 
 
 def png_of(pixels: Pixels, *, interlaced: bool = False, **chunks: Any) -> bytes:

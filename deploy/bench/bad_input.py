@@ -1,9 +1,10 @@
 """`fovea bench bad-input`: how long a refusal takes, over the HTTP surface in process, and what it costs the others."""
 
 import asyncio
+import base64
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import httpx2
 from common.cache import LocalTier, TieredCache
 from common.config import MIB, ModelConfig
 from deploy.bench import report
+from deploy.bench.image_bombs import BOMBS
 from encoder_service.config import EncoderConfig
 from encoder_service.server import EncoderServer
 from llm_service.api.app import create_app
@@ -20,13 +22,19 @@ from llm_service.server import LLMServer
 
 _URL = "/v1/chat/completions"
 _NAME = "shapes"
+_PROCESS = Path("/proc/self")
 
 
 def run(model_path: Path, rounds: int, output: Path) -> None:
     """Every case must be a 400; a 200 or a 500 is an AssertionError, and so is an engine that does not go on."""
-    rows = asyncio.run(_measure(model_path, rounds))
-    report.show("Refusals, ms; the longest stall is the event loop's", rows)
+    rows = refusals(model_path, rounds)
+    report.show("Refusals, ms; the longest stall is the event loop's; memory is that of client and service", rows)
     report.write(output, {"circumstances": report.circumstances(model=str(model_path)), "rows": rows})
+
+
+def refusals(model_path: Path, rounds: int) -> list[dict[str, Any]]:
+    """A row for each case: the time of `rounds` refusals, the longest stall, and the memory they took at most."""
+    return asyncio.run(_measure(model_path, rounds))
 
 
 def cases() -> dict[str, dict[str, Any]]:
@@ -42,7 +50,13 @@ def cases() -> dict[str, dict[str, Any]]:
         "a seed above 64 bits": {"seed": 2**63},
         "100,000 stop strings": {"stop": ["a"] * 10**5},
         "a bias for no token": {"logit_bias": {"999999": 1}},
+        **{name: _picture(make()) for name, make in BOMBS.items()},
     }
+
+
+def _picture(data: bytes) -> dict[str, Any]:
+    url = "data:image/png;base64," + base64.b64encode(data).decode()
+    return {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]}
 
 
 def _schema(schema: dict[str, Any]) -> dict[str, Any]:
@@ -55,13 +69,17 @@ async def _measure(model_path: Path, rounds: int) -> list[dict[str, Any]]:
         rows = []
         for name, fields in cases().items():
             durations, stalls = [], []
-            for _ in range(rounds):
-                async with _longest_stall() as stall:
-                    started = time.perf_counter()
-                    await _ask(client, fields, 400)
-                    durations.append(time.perf_counter() - started)
-                stalls.append(stall[0])
-            rows.append({"case": name, **report.milliseconds(durations), "longest_stall_ms": max(stalls) * 1000})
+            with _peak_memory() as peak:
+                for _ in range(rounds):
+                    async with _longest_stall() as stall:
+                        started = time.perf_counter()
+                        await _ask(client, fields, 400)
+                        durations.append(time.perf_counter() - started)
+                    stalls.append(stall[0])
+            stall_ms = max(stalls) * 1000
+            rows.append(
+                {"case": name, **report.milliseconds(durations), "longest_stall_ms": stall_ms, "memory_mib": peak[0]}
+            )
         await _ask(client, {}, 200)  # the engine goes on
     return rows
 
@@ -83,6 +101,21 @@ async def _client(model_path: Path) -> AsyncIterator[httpx2.AsyncClient]:
             yield client
     finally:
         server.engine.shutdown()
+
+
+@contextmanager
+def _peak_memory() -> Iterator[list[float]]:
+    """One number: by how many MiB the process's resident memory was larger at its peak than in the beginning."""
+    (_PROCESS / "clear_refs").write_text("5")  # the peak is what is resident now
+    before = _resident_mib("VmRSS")
+    peak = [0.0]
+    yield peak
+    peak[0] = _resident_mib("VmHWM") - before
+
+
+def _resident_mib(name: str) -> float:
+    line = next(line for line in (_PROCESS / "status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) / 1024
 
 
 @asynccontextmanager
