@@ -203,6 +203,9 @@ pixel_aliases_unused = Counter(
 )
 images_encoded = Counter("fovea_images_encoded_total", "images that went through the vision encoder")
 encode_seconds = Histogram("fovea_encode_seconds", "from the bytes of an image to its packed embedding", _SECONDS)
+encoder_backlog_seconds = Gauge(
+    "fovea_encoder_backlog_seconds", "what an encoder replica will take for the images it holds, as predicted"
+)
 requests = Counter("fovea_requests_total", "answered requests", "status")
 ignored_fields = Counter("fovea_ignored_fields_total", "unknown fields of requests, which are ignored")
 streams_cut = Counter(

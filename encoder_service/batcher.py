@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from common.embedding import VisionEmbedding
-from common.errors import OverloadedError
 from encoder_service.config import EncoderConfig
 from encoder_service.encoder import Preprocessed
 
@@ -31,12 +30,7 @@ class Batcher:
         self._running: asyncio.Task[None] | None = None
 
     async def submit(self, image: Preprocessed) -> VisionEmbedding:
-        """Raises OverloadedError at once when the queue is full."""
-        if len(self._queue) >= self._config.max_queued_images:
-            raise OverloadedError(
-                f"{len(self._queue)} images are waiting for the encoder, the limit is "
-                f"{self._config.max_queued_images} (encoder.max_queued_images)"
-            )
+        """Returns when its batch is done. A caller that leaves before takes its image out of the queue."""
         waiting = _Waiting(image, asyncio.get_running_loop().create_future())
         self._queue.append(waiting)
         if self._running is None or self._running.done():

@@ -18,10 +18,12 @@ from encoder_service.server import EncoderServer
 
 logger = logging.getLogger(__name__)
 
-# A key is the image's digest, so identical images meet at one replica, where they are encoded once.
+# A key is the image's digest, so identical images meet at one replica, where they are encoded once. Serve's 100 virtual
+# nodes for each replica would give the busiest of four 10 % more than its share, by which the others wait: 4000 give it
+# 1.6 % more.
 _BY_IMAGE = RequestRouterConfig(
     request_router_class="ray.serve.experimental.consistent_hash_router.ConsistentHashRouter",
-    request_router_kwargs={"num_fallback_replicas": 0},
+    request_router_kwargs={"num_fallback_replicas": 0, "num_virtual_nodes": 4000},
 )
 
 
@@ -52,8 +54,16 @@ class EncoderDeployment:
         """Called by Serve every few seconds."""
         metrics.repeat_gauges()
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve where the encoder is autoscaled; `deploy/autoscaling.py` decides by it."""
+        return self._server.backlog()
+
+    async def __del__(self) -> None:
+        """Called by Serve, when a replica that is to go has answered what it held."""
+        await self._server.aclose()
+
     async def stats(self) -> dict[str, Any]:
         return self._server.stats()
 
-    async def describe(self) -> EmbeddingNamespace:
-        return await self._server.describe()
+    async def describe(self, image: str | None = None) -> EmbeddingNamespace:
+        return await self._server.describe(image)

@@ -14,11 +14,12 @@ from common.cache import EmbeddingCache, SingleFlight
 from common.checkpoint import LoadedHalf, checkpoint_directory, load_geometry, load_half
 from common.config import ModelConfig
 from common.embedding import EmbeddingSpec, VisionEmbedding, content_digest, pack, unpack
-from common.errors import InvalidRequestError
+from common.errors import InvalidRequestError, OverloadedError
 from common.identity import EmbeddingNamespace, mm_hash
 from common.media import MediaItem, image_header
 from common.media_store import MediaStore, discard_from
 from common.tracing import span
+from encoder_service.backlog import Stage
 from encoder_service.batcher import Batcher
 from encoder_service.config import EncoderConfig
 from encoder_service.encoder import Preprocessed, VisionEncoder, load_preprocessor
@@ -43,6 +44,8 @@ class EncoderServer:
         half: LoadedHalf | None = None,
     ) -> None:
         """With an `alias_store`, files with the same pixels share an embedding. `half` is loaded unless it is given."""
+        if config.device is not None:
+            model = model.model_copy(update={"device": config.device})
         torch.set_num_threads(model.num_threads)
         half = half or load_half(model, "vision")
         directory = checkpoint_directory(model)
@@ -52,6 +55,9 @@ class EncoderServer:
         self._encoder = VisionEncoder(half, self._preprocess, model.numerics)
         self._dtype = half.dtype
         self._batcher = Batcher(self._encoder.encode, config)
+        self._max_images = config.max_queued_images
+        self._preprocessing = Stage(config.preprocess_threads)
+        self._encoding = Stage()
         self._pool = ThreadPoolExecutor(config.preprocess_threads, thread_name_prefix="preprocess")
         self._in_flight: SingleFlight[bytes] = SingleFlight()
         self._cache = cache
@@ -60,8 +66,8 @@ class EncoderServer:
         self._params: set[str] = set()  # of all images so far: a few, because requests choose among the details
         self.num_encoded = 0
 
-    async def describe(self) -> EmbeddingNamespace:
-        """What this replica's embeddings depend on besides the image and its params."""
+    async def describe(self, image: str | None = None) -> EmbeddingNamespace:
+        """What this replica's embeddings depend on besides the image and its params, whatever the `image`."""
         return self._encoder.namespace
 
     async def encode(self, item: MediaItem) -> bytes:
@@ -99,9 +105,23 @@ class EncoderServer:
         for params in self._params:  # what was published a moment ago need not be in the local tier any more
             self._cache.discard(namespace.key(deleted.mm_hash, params))
 
+    def backlog(self) -> dict[str, float]:
+        """The images that are not encoded yet, and the seconds that the slower one of decoding and encoding will take.
+
+        An image counts from when it is known to be in no cache, with what images of its tokens have cost of late.
+        """
+        seconds = max(self._preprocessing.seconds, self._encoding.seconds)
+        metrics.encoder_backlog_seconds.set(seconds)
+        return {"backlog_images": float(self._encoding.num_images), "backlog_seconds": seconds}
+
     def stats(self) -> dict[str, Any]:
         """How many images this replica has encoded and is working on, in JSON's types."""
-        return {"producer": self._producer, "encoded": self.num_encoded, "in_flight": len(self._in_flight)}
+        counts = {"producer": self._producer, "encoded": self.num_encoded, "in_flight": len(self._in_flight)}
+        return counts | self.backlog()
+
+    async def aclose(self) -> None:
+        """Lets the shared tier have what was encoded last."""
+        await self._cache.aclose()
 
     async def _find_or_encode(self, key: str, item: MediaItem) -> bytes:
         # The caller missed a moment ago, but another replica may have published the image since. A store that does not
@@ -141,14 +161,29 @@ class EncoderServer:
 
     async def _encode(self, item: MediaItem) -> VisionEmbedding:
         item.check_deadline()
-        with span("preprocess", image=item.mm_hash):
-            image, preprocess_ms = await self._on_thread(self._preprocess_and_time, item)
-        item.check_deadline()
-        with span("vision", image=item.mm_hash):
-            embedding = await self._batcher.submit(image)
+        self._check_room()
+        num_tokens = self._spec(item).num_tokens
+        with self._encoding.holding(num_tokens):
+            with self._preprocessing.holding(num_tokens), span("preprocess", image=item.mm_hash):
+                image, preprocess_ms = await self._on_thread(self._preprocess_and_time, item)
+            item.check_deadline()
+            with span("vision", image=item.mm_hash):
+                embedding = await self._batcher.submit(image)
+        self._preprocessing.note(num_tokens, preprocess_ms / 1000)
+        self._encoding.note(num_tokens, embedding.encode_ms / 1000)
         self.num_encoded += 1
         metrics.images_encoded.inc()
         return dataclasses.replace(embedding, encode_ms=preprocess_ms + embedding.encode_ms)
+
+    def _check_room(self) -> None:
+        """Raises OverloadedError when this replica holds as many images as it may."""
+        if self._encoding.num_images >= self._max_images:
+            raise OverloadedError(
+                f"{self._encoding.num_images} images wait for this encoder, the limit is {self._max_images} "
+                "(encoder.max_queued_images)",
+                code="encoder_overloaded",
+                retry_after_s=self.backlog()["backlog_seconds"],
+            )
 
     def _preprocess_and_time(self, item: MediaItem) -> tuple[Preprocessed, float]:
         started = time.thread_time()  # what it costs, not how long other threads kept it waiting

@@ -102,7 +102,7 @@ async def test_bytes_that_do_not_match_their_hash_are_refused(tiny_checkpoint: P
         await server.encode(MediaItem(picture(seed=1), MediaItem.of(picture(), PARAMS).mm_hash, PARAMS))
 
 
-async def test_full_queue_is_refused_at_the_door_and_callers_that_left_are_skipped() -> None:
+async def test_images_that_nobody_waits_for_are_skipped() -> None:
     encoded: list[int] = []
     gate = asyncio.Event()
 
@@ -115,18 +115,38 @@ async def test_full_queue_is_refused_at_the_door_and_callers_that_left_are_skipp
         return PreprocessedImage(torch.zeros(num_patches, 3, 14, 14, dtype=torch.uint8), (1, 2, num_patches // 2))
 
     loop = asyncio.get_running_loop()
-    batcher = Batcher(encode, EncoderConfig(max_batch_patches=10, max_queued_images=3))
+    batcher = Batcher(encode, EncoderConfig(max_batch_patches=10))
     first = asyncio.create_task(batcher.submit(image(4)))
     await asyncio.sleep(0.01)  # the first batch is on the device
     waiting = [asyncio.create_task(batcher.submit(image(size))) for size in (6, 8, 20)]
     await asyncio.sleep(0.01)
-    with pytest.raises(OverloadedError, match="limit is 3"):
-        await batcher.submit(image(4))
     waiting[1].cancel()
     await asyncio.sleep(0)
     gate.set()
     await asyncio.gather(first, waiting[0], waiting[2])
     assert encoded == [4, 6, 20]
+
+
+async def test_full_replica_refuses_before_it_decodes_and_has_room_when_callers_leave(
+    tiny_checkpoint: Path, memory_cache: TieredCache
+) -> None:
+    server = encoder(tiny_checkpoint, memory_cache, max_queued_images=3)
+    known = MediaItem.of(picture(seed=9), PARAMS)
+    await server.encode(known)
+    items = [MediaItem.of(picture(300, 300, seed), PARAMS) for seed in range(4)]
+    held = [asyncio.create_task(server.encode(item)) for item in items[:3]]
+    for _ in range(10):  # as far as the decoding threads
+        await asyncio.sleep(0)
+    assert (server.stats()["backlog_images"], server.stats()["backlog_seconds"] > 0) == (3, True)
+    with pytest.raises(OverloadedError, match=r"3 images wait.*limit is 3 \(encoder.max_queued_images\)") as caught:
+        await server.encode(items[3])
+    assert caught.value.retry_after_s is not None
+    assert await server.encode(known)  # what is cached needs no room
+    for leaving in held:
+        leaving.cancel()
+    await asyncio.gather(*held, return_exceptions=True)
+    await server.encode(items[3])
+    assert (server.num_encoded, server.stats()["backlog_images"], server.stats()["backlog_seconds"]) == (2, 0, 0)
 
 
 def test_loading_one_half_costs_one_half(tmp_path: Path) -> None:
