@@ -79,6 +79,9 @@ class ApiConfig(Config):
     max_body_bytes: int = Field(32 * MIB, ge=1, description="body of one request")
     body_timeout_s: float = Field(30.0, gt=0, description="longest pause inside a body")
     timeout_s: float | None = Field(None, gt=0, description="limit of requests without x-request-timeout-seconds")
+    encoder_wait_s: float = Field(
+        20.0, ge=0, description="while no encoder replica runs, a new image waits so long for one before it gets 503"
+    )
     admission: AdmissionConfig = AdmissionConfig()
     fetch: FetchConfig = FetchConfig()
 

@@ -3,6 +3,8 @@
 import asyncio
 import contextvars
 import logging
+import math
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -11,7 +13,7 @@ import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from common import metrics
@@ -33,6 +35,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _METRIC = "ray_fovea_"
+_SERVING = ("RUNNING", "UPDATING", "PENDING_MIGRATION")  # states of replicas that calls are routed to
 _METRICS_TIMEOUT_S = 2.0
 
 
@@ -45,20 +48,33 @@ class EncoderHandle:
     TIMEOUT_S = 60.0
     RETRY_AFTER_S = 0.2  # time for the router to learn that a replica is gone
 
-    def __init__(self, handle: DeploymentHandle) -> None:
+    def __init__(self, handle: DeploymentHandle, wait_s: float) -> None:
+        """While no replica runs, a call waits for one for `wait_s` at most, and not at all once that time is over."""
         self._handle = handle
+        self._outage = Outage(handle.app_name, handle.deployment_name, wait_s)
 
     async def encode(self, item: MediaItem) -> bytes:
         # The consistent hash is over the image alone: a new namespace keeps its images where they were.
         handle = self._handle.options(session_id=item.mm_hash)
-        return await self._retry(lambda: handle.encode.remote(item))
+        return await self._call(lambda: handle.encode.remote(item))
 
     async def audit(self, item: MediaItem, namespace: str, digest: str) -> bool | None:
         handle = self._handle.options(session_id=item.mm_hash)
-        return await self._retry(lambda: handle.audit.remote(item, namespace, digest))
+        return await self._call(lambda: handle.audit.remote(item, namespace, digest))
 
-    async def describe(self) -> EmbeddingNamespace:
-        return await self._retry(lambda: self._handle.describe.remote())
+    async def describe(self, image: str | None = None) -> EmbeddingNamespace:
+        handle = self._handle if image is None else self._handle.options(session_id=image)
+        return await self._call(lambda: handle.describe.remote(image))
+
+    async def _call(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Raises what the encoder raises, and UnavailableError when there is none."""
+        answer = asyncio.ensure_future(self._retry(call))
+        try:
+            while not (await asyncio.wait([answer], timeout=Outage.POLL_S))[0]:
+                await self._outage.check()
+            return await answer
+        finally:
+            answer.cancel()  # without effect on one that is there
 
     async def _retry(self, call: Callable[[], Awaitable[T]]) -> T:
         try:
@@ -78,8 +94,58 @@ class EncoderHandle:
             raise
         except BackPressureError as exc:
             raise OverloadedError("too many images wait for the encoder service") from exc
+        except DeploymentUnavailableError as exc:
+            raise UnavailableError("the encoder service is not deployed") from exc
         except TimeoutError as exc:
             raise UnavailableError(f"the encoder service gave no answer within {self.TIMEOUT_S:.0f} s") from exc
+
+
+class Outage:
+    """Whether a deployment has had no running replica for too long, as Serve's controller says.
+
+    It is asked while calls wait, once for all of them, because Serve lets a call wait for a replica without end.
+    """
+
+    POLL_S = 0.5
+    RETRY_AFTER_S = 5.0  # what callers are told; when there will be a replica again, nobody knows
+
+    def __init__(self, application: str, deployment: str, wait_s: float) -> None:
+        self._application = application
+        self._deployment = deployment
+        self._wait_s = wait_s
+        self._since: float | None = None  # when it was first seen that there is none
+        self._asked_at = -math.inf
+        self._asking: asyncio.Task[None] | None = None
+
+    async def check(self) -> None:
+        """Raises UnavailableError."""
+        if self._asking is None and time.monotonic() - self._asked_at > self.POLL_S:
+            self._asking = asyncio.create_task(self._ask())
+        if self._asking is not None:
+            await asyncio.shield(self._asking)
+        if self._since is not None and time.monotonic() - self._since >= self._wait_s:
+            raise UnavailableError(
+                "no encoder replica runs, so only images whose embeddings are cached can be answered",
+                code="encoder_unavailable",
+                retry_after_s=self.RETRY_AFTER_S,
+            )
+
+    async def _ask(self) -> None:
+        try:
+            status = await asyncio.to_thread(serve.status)
+        except Exception:  # the controller may be restarting, which says nothing about replicas
+            logger.warning("Serve does not say which replicas run", exc_info=True)
+        else:
+            application = status.applications.get(self._application)
+            found = None if application is None else application.deployments.get(self._deployment)
+            # While an application is deployed again its deployments are not listed for a moment.
+            if found is None or any(found.replica_states.get(state) for state in _SERVING):
+                self._since = None
+            elif self._since is None:
+                self._since = time.monotonic()
+        finally:
+            self._asked_at = time.monotonic()
+            self._asking = None
 
 
 async def cluster_metrics() -> str:
@@ -115,7 +181,7 @@ class LLMDeployment:
             model,
             config,
             open_cache(cache, pinned=choose_device(model).type == "cuda"),
-            EncoderHandle(encoder),
+            EncoderHandle(encoder, api.encoder_wait_s),
             media_store=open_media_store(cache),
             audit_fraction=cache.audit_fraction,
             answers=open_answer_cache(cache),

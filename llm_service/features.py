@@ -28,7 +28,8 @@ class EncoderClient(Protocol):
 
     async def encode(self, item: MediaItem) -> bytes: ...
 
-    async def describe(self) -> EmbeddingNamespace: ...
+    async def describe(self, image: str | None = None) -> EmbeddingNamespace:
+        """Of the replica that encodes the image with this `mm_hash`, or of any: one may be of another version."""
 
     async def audit(self, item: MediaItem, namespace: str, digest: str) -> bool | None:
         """Encodes again in idle time: is this the embedding's `content_digest()`? None: nothing can be said."""
@@ -133,14 +134,15 @@ class FeatureSource:
         since = self._cache.moment
         with span("encode", image=image.item.mm_hash):
             data = await self._encoder.encode(await image.whole_item())
+        namespace = await self.namespace()
         for _ in range(2):
-            namespace = await self.namespace()
             key = embedding_key(namespace, image.item)
             try:
                 embedding = unpack(data, key=key, spec=self._spec(image, namespace), seal=self._cache.seal)
             except EmbeddingFormatError as exc:
                 logger.warning("the encoder's reply does not fit its namespace, asking again: %s", exc)
-                self._namespace = None  # an encoder with other weights may have been deployed
+                # Another version may be replacing this one, or an encoder on another device run beside it.
+                namespace = self._namespace = await self._encoder.describe(image.item.mm_hash)
                 continue
             # the encoder itself publishes to the shared tier
             self._cache.put_local(key, data, embedding, since=since)

@@ -142,7 +142,7 @@ def compare_policies() -> list[dict[str, Any]]:
 class _NoEncoder:
     """A hit asks nobody."""
 
-    async def describe(self) -> EmbeddingNamespace:
+    async def describe(self, image: str | None = None) -> EmbeddingNamespace:
         texts = dict.fromkeys(EmbeddingNamespace.__dataclass_fields__, "x")
         return EmbeddingNamespace(**{**texts, "dtype": "bfloat16", "wire_version": 1})  # type: ignore[arg-type]
 

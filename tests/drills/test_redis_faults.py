@@ -51,7 +51,7 @@ class RowsEncoder:
     def __init__(self, cache: EmbeddingCache) -> None:
         self.cache = cache
 
-    async def describe(self) -> EmbeddingNamespace:
+    async def describe(self, image: str | None = None) -> EmbeddingNamespace:
         return NAMESPACE
 
     async def encode(self, item: MediaItem) -> bytes:

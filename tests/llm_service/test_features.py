@@ -34,7 +34,7 @@ class ScriptedEncoder:
     seconds: float = 0.0
     encoded: list[bytes] = field(default_factory=list)
 
-    async def describe(self) -> EmbeddingNamespace:
+    async def describe(self, image: str | None = None) -> EmbeddingNamespace:
         return self.namespace
 
     async def encode(self, item: MediaItem) -> bytes:
@@ -102,3 +102,25 @@ async def test_error_names_the_image_that_caused_it(memory_cache: TieredCache) -
     assert caught.value.status == 413
     assert caught.value.param == "messages[2].content[1].image_url.url"
     assert caught.value.code == "image_too_large"
+
+
+async def test_replica_of_another_namespace_is_asked_itself_and_its_embedding_kept_apart(
+    memory_cache: TieredCache,
+) -> None:
+    """A CPU encoder beside one on a GPU, or a new version beside the old one: the image decides who answers."""
+    other = dataclasses.replace(NAMESPACE, device="cuda/9.0")
+    replicas = {MediaItem.of(data, PARAMS).mm_hash: name for data, name in ((b"\x01", NAMESPACE), (b"\x02", other))}
+
+    class MixedEncoder(ScriptedEncoder):
+        async def describe(self, image: str | None = None) -> EmbeddingNamespace:
+            return NAMESPACE if image is None else replicas[image]
+
+        async def encode(self, item: MediaItem) -> bytes:
+            self.namespace = replicas[item.mm_hash]
+            return await super().encode(item)
+
+    source = FeatureSource(MixedEncoder(), memory_cache, GEOMETRY)
+    for _ in range(2):
+        found = [(await source.get_many([image(data)]))[0] for data in (b"\x01", b"\x02")]
+        assert [features.key.partition(":")[0] for features in found] == [str(NAMESPACE), str(other)]
+        assert [features.embedding.features[0, 0].item() for features in found] == [1, 2]
