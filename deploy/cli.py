@@ -218,7 +218,7 @@ def scale(
     connection = service.connect(dashboard)
     service.scale(connection, deployment, replicas)
     with waiting("starting and stopping replicas"):
-        service.wait_until_scaled(connection, deployment, report)
+        service.wait_until_scaled(connection, deployment, replicas, report)
 
 
 @app.command()

@@ -207,8 +207,8 @@ def _report_replicas(details: Mapping[str, Any], reported: dict[str, str], repor
             report(line)
 
 
-def wait_until_scaled(client: ServeSubmissionClient, name: str, report: Report) -> None:
-    """Reports each change of one deployment's replicas until it has as many as it should."""
+def wait_until_scaled(client: ServeSubmissionClient, name: str, replicas: int, report: Report) -> None:
+    """Reports each change of one deployment's replicas until it has as many as were asked for."""
     deadline = time.monotonic() + START_TIMEOUT_S
     reported = ""
     while time.monotonic() < deadline:
@@ -217,7 +217,7 @@ def wait_until_scaled(client: ServeSubmissionClient, name: str, report: Report) 
         if line != reported:
             report(line)
             reported = line
-        if found.status == "HEALTHY" and found.num_running == found.target:
+        if found.status == "HEALTHY" and found.num_running == found.target == replicas:
             return
         time.sleep(_POLL_S)
     raise ServiceError(f"{name} did not reach its replica count within {START_TIMEOUT_S:.0f} s")

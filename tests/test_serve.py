@@ -85,7 +85,7 @@ def test_another_replica_finds_the_embedding_in_redis(url: str, dashboard: Any, 
     image = picture(110, 90, 6)
     client.ask([image], "What?", max_tokens=2)
     service.scale(dashboard, "llm", 2)
-    service.wait_until_scaled(dashboard, "llm", print)
+    service.wait_until_scaled(dashboard, "llm", 2, print)
     deadline = time.monotonic() + 30
     sources = set()
     while "redis" not in sources and time.monotonic() < deadline:
@@ -125,7 +125,7 @@ def test_the_only_encoder_replica_killed_in_the_middle_still_gives_the_answer(
     url: str, dashboard: Any, client: Client
 ) -> None:
     service.scale(dashboard, "encoder", 1)
-    service.wait_until_scaled(dashboard, "encoder", print)
+    service.wait_until_scaled(dashboard, "encoder", 1, print)
     wait_until(lambda: len(encoder_pids(dashboard)) == 1)
     images = [picture(200, 200, 500 + index) for index in range(6)]
     with ThreadPoolExecutor(6) as pool:
@@ -154,9 +154,9 @@ def test_scaling_the_encoder_leaves_the_llm_replicas_and_requests_alone(
         workers = [pool.submit(keep_asking) for _ in range(2)]
         try:
             service.scale(dashboard, "encoder", 2)
-            service.wait_until_scaled(dashboard, "encoder", print)
+            service.wait_until_scaled(dashboard, "encoder", 2, print)
             service.scale(dashboard, "encoder", 1)
-            service.wait_until_scaled(dashboard, "encoder", print)
+            service.wait_until_scaled(dashboard, "encoder", 1, print)
         finally:
             stop.set()
         assert all(worker.result() > 0 for worker in workers)

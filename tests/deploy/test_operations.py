@@ -11,10 +11,11 @@ from ray.serve.schema import ServeDeploySchema
 
 from common import metrics
 from deploy import configuration, service
+from llm_service.deployment import EncoderHandle
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
-FILES = ["serve.yaml", "serve_shapes.yaml"]
+FILES = ["serve.yaml", "serve_shapes.yaml", "serve_one_gpu.yaml", "serve_cpu_encoders.yaml"]
 
 
 def load(name: str) -> Any:
@@ -33,6 +34,27 @@ def test_serve_and_fovea_accept_the_file(file: str) -> None:
 
 
 @pytest.mark.parametrize("file", FILES)
+def test_encoder_that_goes_answers_what_it_holds_and_one_that_is_lost_is_noticed_soon(file: str) -> None:
+    encoder, _ = service.application_of(load(file))["deployments"]
+    assert encoder["graceful_shutdown_timeout_s"] >= EncoderHandle.TIMEOUT_S
+    assert encoder["health_check_period_s"] <= 2
+
+
+def test_halves_that_share_a_gpu_fit_on_it() -> None:
+    encoder, llm = service.application_of(load("serve_one_gpu.yaml"))["deployments"]
+    shares = [one["num_replicas"] * one["ray_actor_options"]["num_gpus"] for one in (encoder, llm)]
+    assert sum(shares) == pytest.approx(1) and encoder["num_replicas"] > llm["num_replicas"]
+    assert configuration.checked(load("serve_one_gpu.yaml")).engine.gpu_memory_utilization == 0.6
+
+
+def test_cpu_encoders_leave_the_gpu_to_the_decoder() -> None:
+    config = configuration.checked(load("serve_cpu_encoders.yaml"))
+    encoder, llm = service.application_of(load("serve_cpu_encoders.yaml"))["deployments"]
+    assert (config.encoder.device, config.model.device) == ("cpu", "auto")
+    assert ("num_gpus" in encoder["ray_actor_options"], llm["ray_actor_options"]["num_gpus"]) == (False, 1)
+
+
+@pytest.mark.parametrize("file", FILES[:2])
 def test_new_version_starts_before_the_old_one_stops(file: str) -> None:
     deployments = service.application_of(load(file))["deployments"]
     assert {one["name"]: one["max_surge_percent"] for one in deployments} == {"encoder": 100, "llm": 100}
