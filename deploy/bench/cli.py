@@ -154,3 +154,49 @@ def overhead(
     from deploy.bench import overhead as comparison
 
     comparison.run(rounds=rounds, num_tokens=tokens, output=output)
+
+
+@bench.command()
+def replicas(
+    model: Annotated[
+        Path | None, typer.Option(help="A checkpoint; by default the 2B shape on GPUs, the embedded model on CPUs.")
+    ] = None,
+    counts: Annotated[str, typer.Option(help="Of encoder replicas.")] = "1,2,4",
+    gpus: Annotated[float, typer.Option(min=0, help="Of one replica; 0: CPU.")] = 0.0,
+    cpus: Annotated[float, typer.Option(min=0, help="Of one replica, as Ray counts them.")] = 0.1,
+    image: Annotated[str, typer.Option(help="Width x height of pictures.")] = "448x448",
+    seconds: Annotated[float, typer.Option(min=1, help="At each count.")] = 20.0,
+    in_flight: Annotated[int, typer.Option(min=1, help="Images on their way, for each replica.")] = 64,
+    preprocess_threads: Annotated[int, typer.Option(min=1, help="Of one replica.")] = 2,
+    output: Annotated[Path, typer.Option(help="The figures.")] = Path("fovea-bench-replicas.json"),
+) -> None:
+    """Images per second of one, two and four encoder replicas on Serve, as a share of linear."""
+    from deploy.bench import replicas as throughput
+    from deploy.bench.serving import numbers
+    from deploy.plan import size_of
+
+    width, height = size_of(image)
+    wanted = [int(count) for count in numbers(counts, "--counts")]
+    settings = throughput.Settings(wanted, gpus, cpus, width, height, seconds, in_flight, preprocess_threads)
+    throughput.run(model, settings, output)
+
+
+@bench.command()
+def scaling(
+    counts: Annotated[str, typer.Option(help="Of encoder replicas, one after another.")] = "1,4,1",
+    callers: Annotated[int, typer.Option(min=1, help="Who each ask again when answered.")] = 8,
+    hold: Annotated[float, typer.Option(min=0, help="Seconds at each count.")] = 20.0,
+    config: Annotated[Path | None, typer.Option(help="As `fovea up`; by default the embedded model.")] = None,
+    output: Annotated[Path, typer.Option(help="The figures and the ledger.")] = Path("fovea-bench-scaling.json"),
+) -> None:
+    """Whether a request is lost while the number of encoder replicas changes under load; 1 if one is."""
+    from deploy import service
+    from deploy.bench import scaling as drill
+    from deploy.bench.serving import numbers
+
+    wanted = [int(count) for count in numbers(counts, "--counts")]
+    application = service.application_config(
+        config=config or service.DEFAULT_CONFIG, encoder_replicas=wanted[0], port=service.free_port()
+    )
+    if not drill.run(application, wanted, callers=callers, hold_s=hold, output=output):
+        raise typer.Exit(1)
