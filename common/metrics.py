@@ -90,8 +90,11 @@ class Histogram:
 
     def observe(self, value: float, tags: Tags = None) -> None:
         self._exported.observe(value, tags)
+        series = _series(tags)
         with self._lock:
-            self._values.setdefault(_series(tags), _Buckets(self._boundaries)).add(value)
+            if series not in self._values:
+                self._values[series] = _Buckets(self._boundaries)
+            self._values[series].add(value)
 
     def read(self) -> dict[str, float]:
         """Counts and sums."""

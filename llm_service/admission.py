@@ -117,10 +117,13 @@ class RequestContext:
         if self._admission is not None:
             self._admission.leave(self.key)
 
-    @contextlib.asynccontextmanager
-    async def limit(self) -> AsyncIterator[None]:
+    def limit(self) -> contextlib.AbstractAsyncContextManager[None]:
         """Ends what is awaited inside with DeadlineExceededError when the time is over."""
-        left_s = None if self.deadline is None else max(0.0, self.deadline - time.time())
+        return contextlib.nullcontext() if self.deadline is None else self._limit(self.deadline)
+
+    @contextlib.asynccontextmanager
+    async def _limit(self, deadline: float) -> AsyncIterator[None]:
+        left_s = max(0.0, deadline - time.time())
         try:
             async with asyncio.timeout(left_s) as timeout:
                 yield

@@ -540,13 +540,19 @@ class _Choice:
         """The output with its text and index; a stop string may have finished it."""
         self.token_ids += output.token_ids
         text = self.detokenizer.add(output.token_ids)
-        if self.detokenizer.stopped:
-            output = dataclasses.replace(
-                output, finish_reason=FinishReason.STOP, stop_string=self.detokenizer.stop_string
-            )
-        elif output.finish_reason is not None:
+        reason = FinishReason.STOP if self.detokenizer.stopped else output.finish_reason
+        if reason is not None:
             text += self.detokenizer.flush()
-        return dataclasses.replace(output, text=text, index=self.index)
+        return RequestOutput(
+            request_id=output.request_id,
+            token_ids=output.token_ids,
+            text=text,
+            finish_reason=reason,
+            num_cached_tokens=output.num_cached_tokens,
+            logprobs=output.logprobs,
+            index=self.index,
+            stop_string=self.detokenizer.stop_string,
+        )
 
 
 def choice_seed(seed: int | None, index: int) -> int | None:

@@ -283,8 +283,8 @@ async def test_error_in_a_stream_is_an_error_event() -> None:
     stream = Stream(chunks())
     await stream.wait_for_first()
     events = [event async for event in stream.events()]
-    assert json.loads(events[-1].split("\n")[0][6:])["error"]["message"] == "internal error"
-    assert events[-1].endswith("data: [DONE]\n\n")
+    assert json.loads(events[-1].split(b"\n")[0][6:])["error"]["message"] == "internal error"
+    assert events[-1].endswith(b"data: [DONE]\n\n")
 
 
 async def test_client_that_leaves_aborts_its_request(services: Services) -> None:

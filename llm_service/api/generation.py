@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 
 from llm_service.api.door import context_of
 from llm_service.api.fields import name_ignored
-from llm_service.api.stream import HEADERS, OPENAI, Framing, Stream
+from llm_service.api.stream import OPENAI, Framing, Stream, StreamResponse
 from llm_service.chat import ChatMessage, Tool
 from llm_service.engine.request import FinishReason, RequestOutput, TokenLogprobs
 from llm_service.prompt import PLAIN, TemplateOptions
@@ -228,7 +228,7 @@ async def respond(
     if stream:
         events = Stream(chunks(), framing)
         await events.wait_for_first()
-        response = StreamingResponse(events.events(), media_type="text/event-stream", headers=HEADERS)
+        response = StreamResponse(events)
     else:
         response = JSONResponse(await whole())
     response.headers.update(generation.server_timing())

@@ -6,8 +6,10 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from common import metrics
 from common.errors import InvalidRequestError, ServingError, UnavailableError
@@ -15,6 +17,8 @@ from llm_service.engine.engine import LLMEngine
 from llm_service.engine.request import FinishReason, Request, RequestOutput
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class AsyncLLMEngine:
@@ -85,8 +89,7 @@ class AsyncLLMEngine:
         failure = UnavailableError("the engine is shut down")
         try:
             while self._apply_commands():
-                for output in self._engine.step():
-                    self._deliver(output)
+                self._deliver(self._engine.step())
                 self._load.report(self._engine)
         except BaseException as exc:  # the thread would end in silence
             logger.exception("the engine thread failed with %d requests", len(self._streams))
@@ -128,10 +131,16 @@ class AsyncLLMEngine:
         if command.stream is None:
             stream.send(RequestOutput(command.request_id, [], finish_reason=FinishReason.ABORT))
 
-    def _deliver(self, output: RequestOutput) -> None:
-        self._streams[output.request_id].send(output)
-        if output.finish_reason is not None:
-            del self._streams[output.request_id]
+    def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
+        """An event loop is woken once for all that is new: each time it takes the interpreter from this thread."""
+        news: defaultdict[asyncio.AbstractEventLoop, list[tuple[_Stream, RequestOutput]]] = defaultdict(list)
+        for output in outputs:
+            stream = self._streams[output.request_id]
+            news[stream.loop].append((stream, output))
+            if output.finish_reason is not None:
+                del self._streams[output.request_id]
+        for loop, found in news.items():
+            _call(loop, _receive_all, found)
 
     def _fail_all(self, failure: UnavailableError) -> None:
         """Ends every request in flight, and refuses those to come."""
@@ -174,15 +183,14 @@ class _Stream:
     """One request's outputs on their way from the engine thread to the event loop that made it."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._arrived = asyncio.Event()
         self._outputs: dict[str, RequestOutput] = {}  # by request, in order of arrival
         self._error: Exception | None = None
 
     def send(self, item: RequestOutput | Exception) -> None:
         """Called by the engine thread."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to read
-            self._loop.call_soon_threadsafe(self._receive, item)
+        _call(self.loop, self.receive, item)
 
     async def next(self) -> RequestOutput:
         """All that is new of one request, as one output; what arrived before an error comes before it."""
@@ -195,7 +203,7 @@ class _Stream:
             self._arrived.clear()
         return output
 
-    def _receive(self, item: RequestOutput | Exception) -> None:
+    def receive(self, item: RequestOutput | Exception) -> None:
         if isinstance(item, Exception):
             self._error = item
         elif (unread := self._outputs.get(item.request_id)) is None:
@@ -219,6 +227,16 @@ class _Abort:
 
     request_id: str
     stream: _Stream | None
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[[T], None], argument: T) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to read
+        loop.call_soon_threadsafe(function, argument)
+
+
+def _receive_all(news: "list[tuple[_Stream, RequestOutput]]") -> None:
+    for stream, output in news:
+        stream.receive(output)
 
 
 def _error_of(output: RequestOutput) -> ServingError:
