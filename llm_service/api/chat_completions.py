@@ -12,15 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from common.errors import InvalidRequestError
 from llm_service.api.fields import ApiRequest, StreamingRequest
 from llm_service.api.formats import called_tools
-from llm_service.api.generation import Answer, Delta, Generation, respond
+from llm_service.api.generation import LEAST_LOGPROB, Answer, Delta, Generation, respond
 from llm_service.chat import Tool, checked_tools, parse_messages
 from llm_service.engine.engine import MAX_LOGPROBS
 from llm_service.engine.request import TokenLogprobs
 from llm_service.engine.structured_output import StructuredOutput
 from llm_service.prompt import TemplateOptions
 from llm_service.server import GenerationOptions, LLMServer
-
-_LEAST_LOGPROB = -9999.0  # JSON has no infinity
 
 
 class FunctionTool(BaseModel):
@@ -97,31 +95,16 @@ class ChatCompletionRequest(PromptRequest, StreamingRequest):
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     modalities: list[Literal["text"]] | Literal["text", "image", "multi-images", "video"] | None = None  # SGLang's, too
 
-    harmless: ClassVar[frozenset[str]] = frozenset({
-        "metadata", "prediction", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
-        "request_id", "safety_identifier", "service_tier", "store", "user",
-    })  # fmt: skip
-    not_honoured: ClassVar = {
+    harmless: ClassVar[frozenset[str]] = StreamingRequest.harmless | {"prediction"}
+    not_honoured: ClassVar = StreamingRequest.not_honoured | {
         "audio": (),
-        "bad_words": ([],),
-        "best_of": (1,),
         "chat_template": (),
         "echo": (False,),
         "function_call": ("none",),
         "functions": ([],),
-        "guided_choice": (),
-        "guided_grammar": (),
-        "guided_json": (),
-        "guided_regex": (),
-        "include_stop_str_in_output": (False,),
-        "length_penalty": (1, 1.0),
         "mm_processor_kwargs": ({},),
         "moderation": (),
-        "priority": (0,),
-        "prompt_logprobs": (0,),
         "reasoning_effort": ("none",),
-        "truncate_prompt_tokens": (-1,),
-        "use_beam_search": (False,),
         "verbosity": ("medium",),
         "web_search_options": (),
     }
@@ -270,6 +253,6 @@ class ChatCompletion:
         data = self._token_texts(token_id)
         return {
             "token": data.decode(errors="replace"),
-            "logprob": max(logprob, _LEAST_LOGPROB),
+            "logprob": max(logprob, LEAST_LOGPROB),
             "bytes": list(data),
         }

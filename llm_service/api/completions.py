@@ -1,17 +1,23 @@
 """POST /v1/completions: OpenAI's completions of plain text or token ids, without images."""
 
 import asyncio
+import codecs
 import contextlib
+import dataclasses
 from collections.abc import AsyncGenerator, Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from common.errors import InvalidRequestError
 from llm_service.api.fields import StreamingRequest, TokenId
-from llm_service.api.generation import Answer, Delta, Generation, respond
-from llm_service.server import LLMServer
+from llm_service.api.generation import LEAST_LOGPROB, Answer, Delta, Generation, respond
+from llm_service.detokenizer import TokenTexts
+from llm_service.engine.engine import MAX_LOGPROBS
+from llm_service.engine.request import TokenLogprobs
+from llm_service.server import GenerationOptions, LLMServer
 
 _MAX_PROMPTS = 16
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -25,19 +31,20 @@ class CompletionRequest(StreamingRequest):
     model: str
     prompt: str | TokenIds | Annotated[list[str] | list[TokenIds], Field(min_length=1, max_length=_MAX_PROMPTS)]
     max_tokens: int | None = Field(_DEFAULT_MAX_TOKENS, ge=1)
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False
     add_special_tokens: bool = True
 
-    harmless: ClassVar[frozenset[str]] = frozenset({"metadata", "store", "user"})
-    not_honoured: ClassVar = {
-        "best_of": (1,),
-        "guided_json": (),
-        "logprobs": (),
-        "prompt_logprobs": (0,),
-        "suffix": ("",),
-        "truncate_prompt_tokens": (-1,),
-        "use_beam_search": (False,),
-    }
+    not_honoured: ClassVar = StreamingRequest.not_honoured | {"suffix": ("",)}
+
+    def options(self) -> GenerationOptions:
+        return dataclasses.replace(super().options(), logprobs=self.logprobs)
+
+    @model_validator(mode="after")
+    def _prompt_has_no_logprobs(self) -> Self:
+        if self.echo and self.logprobs is not None:
+            raise InvalidRequestError("logprobs are those of the answer, they exclude echo", param="logprobs")
+        return self
 
     def prompts(self) -> list[str | list[int]]:
         if isinstance(self.prompt, str):
@@ -79,8 +86,8 @@ class Completion:
                 answers[index].add(delta)
         choices = []
         for index, answer in enumerate(answers):
-            ids = {"token_ids": answer.token_ids} if self._body.return_token_ids else {}
-            choices.append(_choice(index, answer.text, answer.finish_reason) | ids)
+            choice = _choice(index, answer.text, answer.finish_reason)
+            choices.append(choice | self._tokens(_Offsets(self._server.token_texts), answer))
         return self._object(choices) | {"usage": self._usage()}
 
     async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
@@ -89,12 +96,12 @@ class Completion:
         for index, echo in enumerate(echoes):
             if echo:
                 yield self._object([_choice(index, echo, None)]) | self._usage_so_far()
+        offsets = [_Offsets(self._server.token_texts) for _ in echoes]
         async with contextlib.aclosing(self._deltas()) as deltas:
             async for index, delta in deltas:
-                if not (delta.text or delta.finish_reason or self._body.return_token_ids):
+                if not (delta.text or delta.finish_reason or delta.logprobs or self._body.return_token_ids):
                     continue
-                ids = {"token_ids": delta.token_ids} if self._body.return_token_ids else {}
-                choice = _choice(index, delta.text, delta.finish_reason) | ids
+                choice = _choice(index, delta.text, delta.finish_reason) | self._tokens(offsets[index], delta)
                 yield self._object([choice]) | self._usage_so_far()
         if self._body.with_usage:
             yield self._object([]) | {"usage": self._usage()}
@@ -119,6 +126,11 @@ class Completion:
             await generation.prepare_text(token_ids, options)
             echoes += [text if self._body.echo else ""] * options.n
         return echoes
+
+    def _tokens(self, offsets: "_Offsets", new: Answer | Delta) -> dict[str, Any]:
+        """What was asked for of the tokens themselves."""
+        logprobs = {"logprobs": offsets.logprobs(new.logprobs)} if self._body.logprobs is not None else {}
+        return logprobs | ({"token_ids": new.token_ids} if self._body.return_token_ids else {})
 
     def _object(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         first = self.generations[0]
@@ -145,6 +157,38 @@ class Completion:
             for name in usages[0]["prompt_tokens_details"]
         }
         return {name: sum(usage[name] for usage in usages) for name in names} | {"prompt_tokens_details": details}
+
+
+class _Offsets:
+    """Where the tokens of one choice begin in its text; one that ends inside a character adds nothing to it yet."""
+
+    def __init__(self, token_texts: TokenTexts) -> None:
+        self._token_texts = token_texts
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._offset = 0
+
+    def logprobs(self, tokens: Sequence[tuple[int, TokenLogprobs]]) -> dict[str, Any]:
+        """The next tokens in the form of completions. `top_logprobs` has the chosen token, too, likely or not."""
+        return {
+            "tokens": [self._text(token_id) for token_id, _ in tokens],
+            "token_logprobs": [max(one.logprob, LEAST_LOGPROB) for _, one in tokens],
+            "top_logprobs": [
+                {
+                    self._text(token): max(logprob, LEAST_LOGPROB)
+                    for token, logprob in ((token_id, one.logprob), *one.top)
+                }
+                for token_id, one in tokens
+            ],
+            "text_offset": [self._pass(token_id) for token_id, _ in tokens],
+        }
+
+    def _pass(self, token_id: int) -> int:
+        offset = self._offset
+        self._offset += len(self._decoder.decode(self._token_texts(token_id)))
+        return offset
+
+    def _text(self, token_id: int) -> str:
+        return self._token_texts(token_id).decode(errors="replace")
 
 
 async def interleaved(sources: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[tuple[int, Delta], None]:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr
 from common.config import ImageLimits
 from common.errors import InvalidRequestError
 from llm_service.api.door import context_of
-from llm_service.api.fields import ApiRequest, name_ignored
+from llm_service.api.fields import CLIENT_FIELDS, ApiRequest, name_ignored
 from llm_service.api.generation import image_receipts
 from llm_service.api.items import parse_input, parse_part
 from llm_service.chat import AnyImagePart, checked, parse_content
@@ -132,9 +132,7 @@ class DecisionRequest(ApiRequest):
     input: str | list[dict[str, Any]]
     questions: Annotated[list[AnyQuestion], Field(min_length=1, max_length=400)]
 
-    harmless: ClassVar[frozenset[str]] = frozenset({
-        "prompt_cache_key", "prompt_cache_options", "safety_identifier", "user",
-    })  # fmt: skip
+    harmless: ClassVar[frozenset[str]] = CLIENT_FIELDS
 
     def asked(self, limits: ImageLimits) -> list[Question]:
         """Raises InvalidRequestError with the path of the first field that is wrong."""

@@ -35,6 +35,14 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
+# Of OpenAI's clients: hints for its own caches, storage and abuse detection. Prefixes and embeddings are found again
+# here without being named.
+CLIENT_FIELDS = frozenset({
+    "metadata", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "request_id", "safety_identifier",
+    "service_tier", "store", "user",
+})  # fmt: skip
+
+
 class ApiRequest(BaseModel):
     """Fields that a subclass declares are honoured; `check()` deals with the others."""
 
@@ -60,6 +68,22 @@ class ApiRequest(BaseModel):
 
 class SamplingRequest(ApiRequest):
     """The fields of chat completions and completions that say how an answer is chosen, vLLM's extensions included."""
+
+    harmless: ClassVar[frozenset[str]] = CLIENT_FIELDS
+    not_honoured: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "bad_words": ([],),
+        "best_of": (1,),
+        "guided_choice": (),
+        "guided_grammar": (),
+        "guided_json": (),
+        "guided_regex": (),
+        "include_stop_str_in_output": (False,),
+        "length_penalty": (1, 1.0),
+        "priority": (0,),
+        "prompt_logprobs": (0,),
+        "truncate_prompt_tokens": (-1,),
+        "use_beam_search": (False,),
+    }
 
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None

@@ -19,6 +19,8 @@ from llm_service.prompt import PLAIN, TemplateOptions
 from llm_service.server import GenerationOptions, ImageReceipt, LLMServer, PreparedRequest
 from llm_service.tool_calls import ToolCallDelta, ToolCallParser
 
+LEAST_LOGPROB = -9999.0  # JSON has no infinity
+
 
 @dataclass(frozen=True, slots=True)
 class Delta:

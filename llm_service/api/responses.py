@@ -9,7 +9,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from common.errors import InvalidRequestError, ServingError
-from llm_service.api.fields import ApiRequest
+from llm_service.api.fields import CLIENT_FIELDS, ApiRequest
 from llm_service.api.formats import called_tools
 from llm_service.api.generation import Block, BlockEvent, Generation, blocks, respond
 from llm_service.api.items import parse_input
@@ -73,13 +73,14 @@ class ResponsesRequest(ApiRequest):
     parallel_tool_calls: bool | None = None
     metadata: dict[str, str] | None = None
 
-    harmless: ClassVar[frozenset[str]] = frozenset({
-        "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "safety_identifier", "service_tier",
-        "store", "stream_options", "user",
-    })  # fmt: skip
+    harmless: ClassVar[frozenset[str]] = CLIENT_FIELDS | {"stream_options"}
     not_honoured: ClassVar = {
+        "access_programs": ([],),
         "background": (False,),
+        "background_options": (),
+        "context_management": ([],),
         "conversation": (),
+        "image": (),
         "include": ([],),
         "max_tool_calls": (),
         "moderation": (),

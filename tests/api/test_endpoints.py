@@ -2,13 +2,19 @@
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_type_hints
 
 import httpx2
 import openai
 import pytest
+from openai.types import completion_create_params, decision_create_params
+from openai.types.responses import response_create_params
 
 from common.errors import UnavailableError
+from llm_service.api.completions import CompletionRequest
+from llm_service.api.decisions import DecisionRequest
+from llm_service.api.fields import ApiRequest
+from llm_service.api.responses import ResponsesRequest
 from llm_service.engine.request import FinishReason
 from tests.api.conftest import Service, events_of
 from tests.conftest import picture
@@ -19,6 +25,20 @@ CHAT = "/v1/chat/completions"
 
 async def chat(http: httpx2.AsyncClient, *parts: Any, **fields: Any) -> dict[str, Any]:
     return (await http.post(CHAT, json=body(*parts, **fields))).json()
+
+
+@pytest.mark.parametrize(
+    ("sent", "known"),
+    [
+        (completion_create_params.CompletionCreateParamsNonStreaming, CompletionRequest),
+        (decision_create_params.DecisionCreateParams, DecisionRequest),
+        (response_create_params.ResponseCreateParamsNonStreaming, ResponsesRequest),
+    ],
+    ids=["completions", "decisions", "responses"],
+)
+def test_every_field_of_the_official_client_is_known(sent: type, known: type[ApiRequest]) -> None:
+    names = get_type_hints(sent).keys() - known.model_fields.keys() - known.harmless
+    assert names - known.not_honoured.keys() == set()
 
 
 # /v1/completions
@@ -58,16 +78,55 @@ async def test_echo_says_the_prompt_first(sdk: openai.AsyncOpenAI) -> None:
     assert echoed.choices[0].text == "One" + plain.choices[0].text
 
 
+async def test_completion_has_the_logprobs_of_the_chat_answer(
+    sdk: openai.AsyncOpenAI, http: httpx2.AsyncClient
+) -> None:
+    grammar = {"structured_outputs": {"regex": "[a-z红蓝]{12}"}}  # some tokens are parts of a character
+    asked = body("Tell me.", max_tokens=40)
+    tokens = (await http.post("/tokenize", json={"messages": asked["messages"]})).json()["tokens"]
+    chat_answer = await sdk.chat.completions.create(**asked, logprobs=True, top_logprobs=2, extra_body=grammar)
+    entries = chat_answer.choices[0].logprobs.content
+    answer = await sdk.completions.create(model="tiny", prompt=tokens, max_tokens=40, logprobs=2, extra_body=grammar)
+    found = answer.choices[0].logprobs
+    assert found.tokens == [entry.token for entry in entries]
+    assert found.token_logprobs == [entry.logprob for entry in entries]
+    for top, entry in zip(found.top_logprobs, entries, strict=True):
+        assert top == {entry.token: entry.logprob} | {one.token: one.logprob for one in entry.top_logprobs}
+    for token, offset in zip(found.tokens, found.text_offset, strict=True):
+        assert "\ufffd" in token or answer.choices[0].text.startswith(token, offset)
+
+
+async def test_streamed_logprobs_of_completions_are_the_whole_ones(sdk: openai.AsyncOpenAI) -> None:
+    request: dict[str, Any] = {"model": "tiny", "prompt": ["One", "Two"], "max_tokens": 8, "logprobs": 0}
+    whole = await sdk.completions.create(**request)
+    streamed: list[dict[str, list[Any]]] = [{}, {}]
+    async for chunk in await sdk.completions.create(**request, stream=True):
+        for choice in chunk.choices:
+            for name, values in (choice.logprobs.model_dump() if choice.logprobs else {}).items():
+                streamed[choice.index].setdefault(name, []).extend(values)
+    assert streamed == [choice.logprobs.model_dump() for choice in whole.choices]
+    assert whole.choices[0].logprobs.text_offset[0] == 0
+
+
+async def test_completions_accept_the_cache_fields_of_clients(http: httpx2.AsyncClient) -> None:
+    sent = {"prompt_cache_key": "k", "prompt_cache_options": {"mode": "explicit", "ttl": "30m"}, "service_tier": "auto"}
+    answer = await http.post("/v1/completions", json={"model": "tiny", "prompt": "One", "max_tokens": 1} | sent)
+    assert answer.status_code == 200
+    assert "x-fovea-ignored-fields" not in answer.headers
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
         ({"prompt": []}, "prompt"),
+        ({"prompt": "x", "logprobs": 21}, "logprobs"),
+        ({"prompt": "x", "logprobs": 1, "echo": True}, "logprobs"),
         ({"prompt": [10**6]}, "prompt"),
         ({"prompt": "x", "suffix": "y"}, "suffix"),
         ({"prompt": ["x"] * 17}, "prompt"),
         ({"prompt": ""}, "prompt"),
     ],
-    ids=["empty", "no such token", "suffix", "too many", "no tokens"],
+    ids=["empty", "many logprobs", "echoed logprobs", "no such token", "suffix", "too many", "no tokens"],
 )
 async def test_bad_completions_are_refused(http: httpx2.AsyncClient, fields: dict[str, Any], param: str) -> None:
     answer = await http.post("/v1/completions", json={"model": "tiny"} | fields)
