@@ -172,6 +172,7 @@ def _labels(series: Series) -> str:
 
 
 _SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0]
+_LONG = [*_SECONDS, 60.0, 120.0]
 _TOKENS = [1.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0, 16384.0, 65536.0]
 
 cache_hits = Counter("fovea_embedding_cache_hits_total", "embeddings found in a cache tier", "tier")
@@ -210,6 +211,12 @@ encoder_backlog_seconds = Gauge(
     "fovea_encoder_backlog_seconds", "what an encoder replica will take for the images it holds, as predicted"
 )
 requests = Counter("fovea_requests_total", "answered requests", "status")
+admission_rejections = Counter(
+    "fovea_admission_rejections_total", "requests that were refused for what is held or asked already", "reason"
+)
+client_disconnected = Counter(
+    "fovea_http_requests_client_disconnected_total", "requests whose client left before the answer's end"
+)
 ignored_fields = Counter("fovea_ignored_fields_total", "unknown fields of requests, which are ignored")
 streams_cut = Counter(
     "fovea_streams_cut_total", "streams that ended in an error event, or whose client left before their end"
@@ -230,16 +237,31 @@ mm_cache_hits = Counter("fovea_mm_cache_hits_total", "images of requests whose e
 request_success = Counter("fovea_request_success_total", "requests that were generated to their end", "finished_reason")
 request_prompt_tokens = Histogram("fovea_request_prompt_tokens", "tokens of one prompt", _TOKENS)
 request_generation_tokens = Histogram("fovea_request_generation_tokens", "tokens of one answer", _TOKENS)
+request_params_n = Histogram("fovea_request_params_n", "answers that one request asks for", [1.0, 2.0, 4.0, 8.0, 16.0])
+request_params_max_tokens = Histogram("fovea_request_params_max_tokens", "tokens that an answer may have", _TOKENS)
+iteration_tokens = Histogram("fovea_iteration_tokens_total", "tokens of one step of an engine", _TOKENS)
 time_to_first_token_seconds = Histogram(
-    "fovea_time_to_first_token_seconds", "from a request with its embeddings to its first token", _SECONDS
+    "fovea_time_to_first_token_seconds", "from a request's arrival to its first token, embeddings included", _SECONDS
+)
+request_queue_time_seconds = Histogram(
+    "fovea_request_queue_time_seconds", "from a request with its embeddings to its first step", _SECONDS
+)
+request_prefill_time_seconds = Histogram(
+    "fovea_request_prefill_time_seconds", "from a request's first step to its first token", _SECONDS
+)
+request_decode_time_seconds = Histogram(
+    "fovea_request_decode_time_seconds", "from the first to the last token of an answer", _LONG
+)
+request_inference_time_seconds = Histogram(
+    "fovea_request_inference_time_seconds", "from a request's first step to the last token of an answer", _LONG
 )
 inter_token_latency_seconds = Histogram(
     "fovea_inter_token_latency_seconds", "between two tokens of an answer", [0.001, 0.002, *_SECONDS]
 )
 e2e_request_latency_seconds = Histogram(
     "fovea_e2e_request_latency_seconds",
-    "from a request with its embeddings to its last token",
-    [*_SECONDS, 60.0, 120.0],
+    "from a request's arrival to the last token of an answer",
+    _LONG,
 )
 embedding_wait_seconds = Histogram(
     "fovea_embedding_wait_seconds", "how long a request waited for an embedding", [0.001, 0.002, *_SECONDS], "source"

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Literal
 
+from common import metrics
 from common.errors import DeadlineExceededError, OverloadedError, UnavailableError
 from llm_service.config import AdmissionConfig, ApiKey
 
@@ -80,7 +81,10 @@ class RequestRate:
 
 
 class RequestContext:
-    """Whose a request is, until when it is waited for (Unix time), and what it holds. Leaving gives everything back."""
+    """Whose a request is, until when it is waited for (Unix time), and what it holds. Leaving gives everything back.
+
+    `arrived_at` is of `time.perf_counter()`.
+    """
 
     def __init__(
         self,
@@ -89,7 +93,9 @@ class RequestContext:
         *,
         key: ApiKey | None = None,
         admission: "Admission | None" = None,
+        arrived_at: float | None = None,
     ) -> None:
+        self.arrived_at = arrived_at
         self.tenant = tenant
         self.deadline = deadline
         self.key = key
@@ -157,7 +163,8 @@ class Admission:
         """Raises OverloadedError for a key that has reached its own limit, UnavailableError when the service has."""
         if key is not None:
             self._enter_key(key)
-        context = RequestContext("" if key is None else key.tenant, deadline, key=key, admission=self)
+        tenant = "" if key is None else key.tenant
+        context = RequestContext(tenant, deadline, key=key, admission=self, arrived_at=time.perf_counter())
         try:
             context.hold("requests", 1)
         except UnavailableError:
@@ -169,6 +176,7 @@ class Admission:
         held = self.held[quantity]
         wait_s = held.take(amount)
         if wait_s is not None:
+            metrics.admission_rejections.inc(tags={"reason": quantity})
             name = quantity.replace("_", " ")
             raise UnavailableError(
                 f"{held.amount} {name} are held by requests, {amount} more would exceed the limit of {held.limit} "
@@ -185,6 +193,7 @@ class Admission:
         rate = self._rates.get(key.name)
         wait_s = None if rate is None else rate.take()
         if wait_s is not None:
+            metrics.admission_rejections.inc(tags={"reason": "key_rate"})
             raise OverloadedError(
                 f"the key {key.name!r} may make {key.max_requests_per_minute} requests a minute",
                 code="rate_limit_exceeded",
@@ -192,6 +201,7 @@ class Admission:
             )
         wait_s = self._concurrency[key.name].take(1)
         if wait_s is not None:
+            metrics.admission_rejections.inc(tags={"reason": "key_concurrency"})
             raise OverloadedError(
                 f"the key {key.name!r} may have {key.max_concurrent_requests} requests running at once",
                 code="concurrency_limit_exceeded",

@@ -381,7 +381,10 @@ class LLMServer:
         iterator aborts what is not finished.
         """
         outputs = self._generate(prepared)
-        return outputs if prepared.known_answer is not None else observed(outputs, prepared.request)
+        if prepared.known_answer is not None:
+            return outputs
+        arrived_at = prepared.context.arrived_at
+        return observed(outputs, prepared.request, arrived_at=arrived_at, num_answers=prepared.num_choices)
 
     async def _generate(self, prepared: PreparedRequest) -> AsyncGenerator[RequestOutput, None]:
         requests = (prepared.request, *prepared.forks)

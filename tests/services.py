@@ -9,6 +9,7 @@ from common.cache import LocalTier, TieredCache
 from common.config import ModelConfig
 from encoder_service.config import EncoderConfig
 from encoder_service.server import EncoderServer
+from llm_service.admission import ANYONE, RequestContext
 from llm_service.chat import ChatMessage, ImagePart
 from llm_service.config import EngineConfig
 from llm_service.server import GenerationOptions, LLMServer, PreparedRequest
@@ -27,11 +28,17 @@ class Services:
         self.llm = LLMServer(model, EngineConfig(**engine), self.cache, self.encoder)
 
     async def prepare(
-        self, text: str, images: list[bytes], max_tokens: int = MAX_TOKENS, **others: Any
+        self,
+        text: str,
+        images: list[bytes],
+        max_tokens: int = MAX_TOKENS,
+        context: RequestContext = ANYONE,
+        **others: Any,
     ) -> PreparedRequest:
         parts: list[str | ImagePart] = [ImagePart(image, "auto", "messages") for image in images]
         options = GenerationOptions(max_tokens=max_tokens, **others)
-        return await self.llm.prepare([ChatMessage("user", [*parts, text])], options, random.randbytes(8).hex())
+        message = ChatMessage("user", [*parts, text])
+        return await self.llm.prepare([message], options, random.randbytes(8).hex(), context=context)
 
     async def tokens(self, text: str, images: list[bytes], max_tokens: int = MAX_TOKENS) -> list[int]:
         prepared = await self.prepare(text, images, max_tokens)

@@ -49,7 +49,7 @@ def context_of(http: Request) -> RequestContext:
 
 
 class RequestLog:
-    """Gives each answer its request's id, or one of its own, and counts it by its status."""
+    """Gives each answer its request's id, or one of its own, and counts it by its status, and clients that leave."""
 
     def __init__(self, app: ASGIApp, echo_request_id: bool) -> None:
         self._app = app
@@ -62,18 +62,34 @@ class RequestLog:
         sent = Headers(scope=scope).get(REQUEST_ID_HEADER)
         request_id = sent if sent is not None and _REQUEST_ID.fullmatch(sent) else f"req-{uuid.uuid4().hex}"
 
+        is_answered = has_left = False
+
+        async def noting_receive() -> Message:
+            nonlocal has_left
+            message = await receive()
+            has_left = has_left or message["type"] == "http.disconnect"
+            return message
+
         async def noting_send(message: Message) -> None:
+            nonlocal is_answered
             if message["type"] == "http.response.start":
                 metrics.requests.inc(tags={"status": str(message["status"])})
                 if self._echo_request_id:
                     MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
             await send(message)
+            is_answered = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         try:
-            await self._app(scope, receive, noting_send)
+            await self._app(scope, noting_receive, noting_send)
+        except asyncio.CancelledError:  # Serve's way of saying that the client has left
+            has_left = True
+            raise
         except Exception:  # answered further out, by the handler of bugs
             metrics.requests.inc(tags={"status": "500"})
             raise
+        finally:
+            if has_left and not is_answered:
+                metrics.client_disconnected.inc()
 
 
 class Door:

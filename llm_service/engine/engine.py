@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from common import metrics
 from common.checkpoint import LoadedHalf, text_model_and_head
 from common.errors import InvalidRequestError
 from common.families import MropeRule
@@ -116,6 +117,7 @@ class LLMEngine:
         return outputs
 
     def _launch(self, scheduled: SchedulerOutput) -> "_Launched":
+        metrics.iteration_tokens.observe(sum(item.num_scheduled_tokens for item in scheduled.scheduled))
         logits_BV = self.model_runner.execute(scheduled)
         requests = scheduled.yielding_requests
         if len(requests) > len(logits_BV):

@@ -90,6 +90,8 @@ class Request:
     `forks` are requests with this very prompt, `followers` others that begin alike. Both wait for its prompt: then the
     forks go on from its KV blocks and its logits, and the followers are next in the queue.
 
+    `first_scheduled_at` is of `time.perf_counter()`.
+
     `num_pending_tokens`, 0 or 1, are sampled and not yet read back; `pending_row` is their place on the device.
     """
 
@@ -104,6 +106,7 @@ class Request:
 
     status: RequestStatus = RequestStatus.WAITING
     output_token_ids: list[int] = field(default_factory=list)
+    first_scheduled_at: float | None = None
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
     num_pending_tokens: int = 0

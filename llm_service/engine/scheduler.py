@@ -1,6 +1,7 @@
 """Who computes how many tokens in this step: continuous batching of prefill and decode in one forward."""
 
 import logging
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -182,6 +183,7 @@ class Scheduler:
             return 0
         if request.status is RequestStatus.WAITING:
             request.num_cached_tokens = prefix
+            request.first_scheduled_at = time.perf_counter()
         request.status = RequestStatus.RUNNING
         return num_tokens
 

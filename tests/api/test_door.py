@@ -155,17 +155,19 @@ async def test_a_key_that_has_enough_running_waits_and_others_do_not(serve: Call
 
 
 @pytest.mark.parametrize(
-    ("limit", "request_body"),
+    ("limit", "request_body", "reason"),
     [
-        ({"max_requests": 1}, body("hi")),
-        ({"max_held_bytes": 400}, body("hi " * 100)),
-        ({"max_queued_prompt_tokens": 100}, body("word " * 60)),
+        ({"max_requests": 1}, body("hi"), "requests"),
+        ({"max_held_bytes": 400}, body("hi " * 100), "bytes"),
+        ({"max_queued_prompt_tokens": 100}, body("word " * 60), "prompt_tokens"),
     ],
     ids=["requests", "bytes", "prompt tokens"],
 )
 async def test_a_full_service_refuses_and_takes_the_same_request_later(
-    serve: Callable[..., Service], limit: dict[str, int], request_body: dict[str, Any]
+    serve: Callable[..., Service], limit: dict[str, int], request_body: dict[str, Any], reason: str
 ) -> None:
+    counter = f'fovea_admission_rejections_total{{reason="{reason}"}}'
+    before = metrics.snapshot().get(counter, 0.0)
     service = serve(ApiConfig(admission=AdmissionConfig(**limit)))
     slow = service.say("slow " * 20, pause_s=0.3)
     running = asyncio.create_task(service.http.post(URL, json=request_body))
@@ -173,10 +175,25 @@ async def test_a_full_service_refuses_and_takes_the_same_request_later(
     refused = await service.http.post(URL, json=request_body)
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
     assert 1 <= int(refused.headers["retry-after"]) <= 60
+    assert metrics.snapshot()[counter] == before + 1
     slow.pause_s = 0.0
     assert (await running).status_code == 200
     assert (await service.http.post(URL, json=request_body)).status_code == 200
     assert not any(held.amount for held in service.llm.admission.held.values())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_leaves_is_counted(serve: Callable[..., Service], stream: bool) -> None:
+    service = serve()
+    service.say("slow " * 20, pause_s=0.3)
+    before = metrics.snapshot()
+    leaving = asyncio.create_task(service.http.post(URL, json=body("hi", stream=stream)))
+    await asyncio.sleep(0.1)
+    leaving.cancel()
+    await asyncio.wait([leaving])
+    assert (await service.http.get("/health")).status_code == 200
+    name = "fovea_http_requests_client_disconnected_total"
+    assert metrics.snapshot()[name] == before[name] + 1
 
 
 async def test_status_is_told_while_the_service_is_full(serve: Callable[..., Service]) -> None:

@@ -42,6 +42,9 @@ def test_names_that_dashboards_of_vllm_know_are_there() -> None:
         generation_tokens_total prefix_cache_queries_total prefix_cache_hits_total mm_cache_queries_total
         mm_cache_hits_total request_success_total request_prompt_tokens request_generation_tokens
         time_to_first_token_seconds inter_token_latency_seconds e2e_request_latency_seconds
+        request_queue_time_seconds request_prefill_time_seconds request_decode_time_seconds
+        request_inference_time_seconds request_params_n request_params_max_tokens iteration_tokens_total
+        admission_rejections_total http_requests_client_disconnected_total
     """
     assert {f"fovea_{name}" for name in known.split()} <= set(metrics.names())
     assert len(metrics.names()) == len(set(metrics.names()))

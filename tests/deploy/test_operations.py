@@ -130,7 +130,7 @@ def test_dashboard_shows_metrics_that_exist() -> None:
     expressions = [target["expr"] for panel in panels for target in panel["targets"]]
     shown = {name for text in expressions for name in re.findall(r"\bray_(fovea_\w+)", text)}
     assert len(shown) > 20
-    assert {re.sub(r"_bucket$", "", name) for name in shown} <= set(metrics.names())
+    assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in shown} <= set(metrics.names())
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
     assert all(panel["datasource"]["uid"] == "${datasource}" for panel in panels)
 

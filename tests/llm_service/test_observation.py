@@ -1,12 +1,14 @@
 """What dashboards are told of requests, on a tiny model."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from common import metrics
+from llm_service.admission import RequestContext
 from tests.conftest import picture
 from tests.services import Services
 
@@ -35,6 +37,24 @@ async def test_one_request_is_counted_once_with_all_its_tokens(services: Service
     assert rise('embedding_wait_seconds_count{source="local"}') == 1
     finished = [name for name in metrics.snapshot() if name.startswith("fovea_request_success_total")]
     assert sum(metrics.snapshot()[name] - before.get(name, 0) for name in finished) == 2
+
+
+async def test_time_of_a_request_is_that_of_its_parts(services: Services) -> None:
+    before = metrics.snapshot()
+    context = RequestContext(arrived_at=time.perf_counter() - 10)
+    prepared = await services.prepare("Tell me.", [], max_tokens=6, context=context)
+    async for _ in services.llm.generate(prepared):
+        pass
+    rise = {name: value - before.get(name, 0.0) for name, value in metrics.snapshot().items()}
+    queue, prefill, decode, inference = (
+        rise[f"fovea_request_{part}_time_seconds_sum"] for part in ("queue", "prefill", "decode", "inference")
+    )
+    assert inference == pytest.approx(prefill + decode)
+    assert rise["fovea_time_to_first_token_seconds_sum"] > 10 + queue + prefill
+    assert rise["fovea_e2e_request_latency_seconds_sum"] > rise["fovea_time_to_first_token_seconds_sum"] + decode / 2
+    assert all(rise[f"fovea_{name}_count"] == 1 for name in ("request_queue_time_seconds", "request_params_n"))
+    assert rise["fovea_request_params_max_tokens_sum"] == 6
+    assert rise["fovea_iteration_tokens_total_sum"] == prepared.num_prompt_tokens + 5  # the last one is not computed
 
 
 async def test_gauges_of_an_idle_engine_are_zero(services: Services) -> None:
