@@ -13,6 +13,7 @@ import typer
 
 from deploy import config_cli, media_cli
 from deploy.bench.cli import bench
+from deploy.options import URL, ApiKey, Url
 from deploy.progress import waiting
 
 app = typer.Typer(
@@ -27,14 +28,9 @@ app.add_typer(media_cli.cache, name="cache")
 app.add_typer(config_cli.config, name="config")
 app.add_typer(bench, name="bench")
 
-Url = Annotated[str, typer.Option(help="Where the service answers.")]
-ApiKey = Annotated[
-    str | None, typer.Option(envvar="FOVEA_API_KEY", help="For a service with keys.", show_default=False)
-]
 Dashboard = Annotated[str, typer.Option(help="Ray's dashboard, through which the application is managed.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="A Serve YAML; default: serve_shapes.yaml, CPU.")]
 
-_URL = "http://127.0.0.1:8000"
 _DASHBOARD = "http://127.0.0.1:8265"
 
 
@@ -120,7 +116,7 @@ def demo(
 @app.command()
 def ask(
     images_and_question: Annotated[list[str], typer.Argument(metavar="IMAGE... QUESTION")],
-    url: Url = _URL,
+    url: Url = URL,
     api_key: ApiKey = None,
     max_tokens: Annotated[int | None, typer.Option(min=1)] = None,
 ) -> None:
@@ -138,7 +134,7 @@ def ask(
 @app.command()
 def chat(
     images: Annotated[list[Path] | None, typer.Argument(metavar="[IMAGE]...")] = None,
-    url: Url = _URL,
+    url: Url = URL,
     api_key: ApiKey = None,
     max_tokens: Annotated[int | None, typer.Option(min=1)] = None,
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,

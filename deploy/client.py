@@ -34,8 +34,7 @@ class Client:
     """Asks about pictures at one URL, with a key if the service wants one. Thread-safe."""
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
-        headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
-        self._http = httpx2.Client(base_url=url, timeout=TIMEOUT_S, headers=headers)
+        self._http = httpx2.Client(base_url=url, timeout=TIMEOUT_S, headers=authorization(api_key))
         self._url = url
         self._model: str | None = None
 
@@ -54,7 +53,7 @@ class Client:
             try:
                 response = self._http.get("/v1/models")
                 if response.status_code in (401, 403):
-                    raise ClientError(f"{self._url} wants a key: give --api-key or set FOVEA_API_KEY")
+                    raise ClientError(wants_key(self._url))
                 self._model = response.raise_for_status().json()["data"][0]["id"]
             except (httpx2.HTTPError, ValueError, KeyError) as exc:
                 raise ClientError(f"no Fovea service answers at {self._url}; start one with `fovea up`") from exc
@@ -154,3 +153,12 @@ def _message(body: bytes) -> str:
     except (ValueError, KeyError, TypeError):
         return body.decode(errors="replace")[:500]
     return message
+
+
+def authorization(api_key: str | None) -> dict[str, str]:
+    """The header of a service with keys."""
+    return {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+
+
+def wants_key(url: object) -> str:
+    return f"{url} wants a key: give --api-key or set FOVEA_API_KEY"

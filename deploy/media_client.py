@@ -17,7 +17,7 @@ import httpx2
 import xxhash
 
 from common.identity import mm_hash
-from deploy.client import TIMEOUT_S, ClientError
+from deploy.client import TIMEOUT_S, ClientError, authorization, wants_key
 from deploy.progress import track, waiting
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
@@ -32,9 +32,9 @@ _PAGE = 1000
 class MediaClient:
     """The media and cache endpoints of one service. Thread-safe. Raises ClientError with the service's message."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, api_key: str | None = None) -> None:
         self._url = url
-        self._http = httpx2.Client(base_url=url, timeout=TIMEOUT_S)
+        self._http = httpx2.Client(base_url=url, timeout=TIMEOUT_S, headers=authorization(api_key))
 
     def __enter__(self) -> Self:
         return self
@@ -80,7 +80,7 @@ class MediaClient:
         try:
             with temporary.open("wb") as target, self._http.stream("GET", "/v1/cache/embeddings") as response:
                 if response.status_code != 200:
-                    raise ClientError(self._message(response.status_code, response.read()))
+                    raise self._error("/v1/cache", response.status_code, response.read())
                 with waiting("exporting"):
                     count = write_export(target, response.iter_bytes())
             temporary.replace(file)
@@ -101,18 +101,20 @@ class MediaClient:
         except httpx2.HTTPError as exc:
             raise ClientError(f"no Fovea service answers at {self._url}; start one with `fovea up`") from exc
         if response.status_code != 200:
-            if path.startswith("/v1/cache") and response.status_code == 404:
-                raise ClientError("the service does not serve /v1/cache; set cache.admin_api in its configuration")
-            raise ClientError(self._message(response.status_code, response.content))
+            raise self._error(path, response.status_code, response.content)
         answer: dict[str, Any] = response.json()
         return answer
 
-    def _message(self, status: int, body: bytes) -> str:
+    def _error(self, path: str, status: int, body: bytes) -> ClientError:
+        if status == 401:
+            return ClientError(wants_key(self._url))
+        if path.startswith("/v1/cache") and status == 404:
+            return ClientError("the service does not serve /v1/cache; set cache.admin_api in its configuration")
         try:
             message: str = json.loads(body)["error"]["message"]
         except (ValueError, KeyError, TypeError):
             message = body.decode(errors="replace")[:200]
-        return f"{message} ({status})"
+        return ClientError(f"{message} ({status})")
 
 
 @dataclass(slots=True)
@@ -137,7 +139,7 @@ def read_file(path: Path) -> bytes:
         raise ClientError(f"{path}: {exc.strerror}") from exc
 
 
-def warm(url: str, paths: Sequence[Path]) -> Warmed:
+def warm(url: str, api_key: str | None, paths: Sequence[Path]) -> Warmed:
     """Has every picture encoded that is not cached yet, four at a time, and shows how far it is."""
     warmed = Warmed()
 
@@ -147,13 +149,13 @@ def warm(url: str, paths: Sequence[Path]) -> Warmed:
         except ClientError as exc:
             return "failed", f"{path}: {exc}"
 
-    with MediaClient(url) as client, ThreadPoolExecutor(_NUM_UPLOADS) as pool:
+    with MediaClient(url, api_key) as client, ThreadPoolExecutor(_NUM_UPLOADS) as pool:
         for source, error in track(pool.map(one, paths), "warming", total=len(paths)):
             _count(warmed, source, error)
     return warmed
 
 
-def warm_by_ray_data(url: str, paths: Sequence[Path]) -> Warmed:
+def warm_by_ray_data(url: str, api_key: str | None, paths: Sequence[Path]) -> Warmed:
     """The same as a Ray Data job, whose tasks read and send from wherever the cluster has room."""
     try:
         import ray.data  # needs pyarrow and pandas, which nothing else here does
@@ -166,7 +168,7 @@ def warm_by_ray_data(url: str, paths: Sequence[Path]) -> Warmed:
 
     def send(row: dict[str, Any]) -> dict[str, Any]:
         try:
-            with MediaClient(url) as client:
+            with MediaClient(url, api_key) as client:
                 return {"source": client.warm(row["bytes"]), "error": None}
         except ClientError as exc:
             return {"source": "failed", "error": f"{row['path']}: {exc}"}

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 SLOT_BYTES = 16 * 1024  # the longest answer that is kept, packed
 
+_ALL = "answer:all"
 _DIGEST_BYTES = 32
 _SECRET_BYTES = 32
 _REASONS = (FinishReason.STOP.value, FinishReason.LENGTH.value)
@@ -44,9 +45,9 @@ class AnswerCache:
     The cache is direct-mapped: a key has one slot of a fixed number, and a newer answer takes the place of an older.
     With a `secret`, nobody without it can write an answer that is believed.
 
-    Every image has a random secret of its own in the store. It is part of the keys of its answers, which are encrypted
-    under their keys: once it is gone, nobody finds or reads them any more, be they written before or a moment later by
-    a replica that has not heard of it yet.
+    Every image has a random secret of its own in the store, and all answers together have one. They are part of the
+    keys of answers, which are encrypted under their keys: once one is gone, nobody finds or reads its answers any more,
+    be they written before or a moment later by a replica that has not heard of it yet.
     """
 
     def __init__(self, store: RemoteTier, max_bytes: int, secret: str | None = None) -> None:
@@ -54,15 +55,19 @@ class AnswerCache:
         self._num_slots = max(1, max_bytes // SLOT_BYTES)
         self._mac_key = blake3.blake3((secret or "").encode()).digest()
 
-    async def image_secrets(self, mm_hashes: Sequence[str]) -> list[str]:
-        """For `answer_key()`: those that are kept, and new ones of images that have none."""
-        slots = [self._image_slot(mm_hash) for mm_hash in mm_hashes]
-        secret_of = {slot: await self._image_secret(slot) for slot in dict.fromkeys(slots)}
+    async def secrets(self, mm_hashes: Sequence[str]) -> list[str]:
+        """For `answer_key()`: that of all answers and those of images, as kept, or new ones where none is kept."""
+        slots = [_ALL, *map(self._image_slot, mm_hashes)]
+        secret_of = {slot: await self._secret(slot) for slot in dict.fromkeys(slots)}
         return [secret_of[slot].hex() for slot in slots]
 
     def discard_image(self, mm_hash: str) -> None:
         """No answer about these bytes is given again that was begun before; others are lost with it now and then."""
         self._store.discard(self._image_slot(mm_hash))
+
+    def discard_all(self) -> None:
+        """No answer is given again that was begun before."""
+        self._store.discard(_ALL)
 
     async def get(self, key: str) -> Answer | None:
         data = await self._store.get(self._slot(key), SLOT_BYTES)
@@ -83,7 +88,7 @@ class AnswerCache:
     def _slot(self, key: str) -> str:
         return f"answer:{int(key[:16], 16) % self._num_slots}"
 
-    async def _image_secret(self, slot: str) -> bytes:
+    async def _secret(self, slot: str) -> bytes:
         kept = await self._store.get(slot, _SECRET_BYTES)
         if kept is not None and len(kept) == _SECRET_BYTES:
             return bytes(kept)
@@ -141,9 +146,9 @@ def answer_key(
     stop: Sequence[str],
     salt: str,
     image_keys: Sequence[str],
-    image_secrets: Sequence[str] = (),
+    secrets: Sequence[str] = (),
 ) -> str:
-    """A digest of everything that a greedy answer depends on, and of what ends with its images.
+    """A digest of everything that a greedy answer depends on, and of the secrets that it ends with.
 
     `salt` keeps tenants apart.
     """
@@ -155,5 +160,5 @@ def answer_key(
         json.dumps(parameters),
         json.dumps(list(stop)),
         *image_keys,
-        *image_secrets,
+        *secrets,
     )

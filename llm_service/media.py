@@ -186,7 +186,12 @@ class MediaLibrary:
         return {}
 
     async def purge(self) -> int:
-        """Empties the shared tier and the local tiers of all replicas; media stay. Returns how many entries it saw."""
+        """Empties the shared tier and the local tiers of all replicas, and forgets kept answers; media stay.
+
+        Returns how many embeddings it saw.
+        """
+        if self._answers is not None:
+            self._answers.discard_all()
         keys = await self._cache.keys()
         for key in keys:
             self._cache.discard(key)

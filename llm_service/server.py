@@ -494,7 +494,7 @@ class LLMServer:
             stop=options.stop,
             salt=salt,
             image_keys=[embedding_key(namespace, image.item) for image in images],
-            image_secrets=await self._answers.image_secrets([image.item.mm_hash for image in images]),
+            secrets=await self._answers.secrets([image.item.mm_hash for image in images]),
         )
 
     async def _known_answer(self, key: str | None) -> Answer | None:

@@ -32,6 +32,7 @@ from llm_service.answer_cache import AnswerCache, open_answer_cache
 from llm_service.api.app import create_app
 from llm_service.config import EngineConfig
 from llm_service.server import LLMServer
+from tests.common.test_cache import DictTier
 from tests.conftest import picture
 
 NO_MEDIA = "media-" + "0" * 64
@@ -424,6 +425,19 @@ async def test_purge_empties_the_tiers_of_all_replicas_and_keeps_media(
     await asyncio.sleep(0.9)
     assert await second.cache.keys() == await first.cache.keys() == []
     assert text_of(await second.ask(reference(added["id"])))
+
+
+async def test_purge_forgets_kept_answers(replicas: Callable[..., Replica], tiny_checkpoint: Path) -> None:
+    answers = AnswerCache(DictTier(), MIB)
+    replica = replicas(local_store(), encoder_of(tiny_checkpoint), answers=answers)
+    image = picture()
+    sources = []
+    for is_purged in (False, False, True):
+        if is_purged:
+            await replica.http.delete("/v1/cache")
+        answer = (await replica.ask(inline(image))).json()
+        sources.append(answer["usage"]["images"][0]["source"])
+    assert sources == ["encoder", "answer", "encoder"]
 
 
 async def test_stats_tell_of_tiers_and_both_stores(replica: Replica) -> None:

@@ -5,10 +5,9 @@ from typing import Annotated
 
 import typer
 
+from deploy.options import URL, ApiKey
 from deploy.progress import waiting
 from deploy.shapes import CHECKPOINT
-
-_URL = "http://127.0.0.1:8000"
 
 bench = typer.Typer(help="Measure, and print one table and write one JSON file.", no_args_is_help=True)
 
@@ -37,7 +36,7 @@ def cache(
 
 @bench.command()
 def serving(
-    url: Annotated[str, typer.Option(help="Any OpenAI-compatible endpoint; /v1 may be left out.")] = _URL,
+    url: Annotated[str, typer.Option(help="Any OpenAI-compatible endpoint; /v1 may be left out.")] = URL,
     workload: Annotated[
         str, typer.Option(help="repeated, new, production or text: questions about few or new pictures, as at Qwen-VL.")
     ] = "repeated",
@@ -57,7 +56,7 @@ def serving(
     slo_itl_ms: Annotated[float, typer.Option(min=1)] = 50.0,
     ignore_eos: Annotated[bool, typer.Option(help="vLLM's field, so that answers have their length.")] = True,
     model: Annotated[str | None, typer.Option(help="Default: the first one listed.")] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="FOVEA_API_KEY", show_default=False)] = None,
+    api_key: ApiKey = None,
     seed: int = 0,
     output: Annotated[Path, typer.Option(help="The figures.")] = Path("fovea-bench-serving.json"),
     plot: Annotated[Path, typer.Option(help="The picture.")] = Path("fovea-bench-serving.png"),

@@ -12,7 +12,7 @@ from typing import Any
 import httpx2
 
 from deploy.bench.workloads import Sample
-from deploy.client import ClientError
+from deploy.client import ClientError, authorization, wants_key
 
 TIMEOUT_S = 600.0
 
@@ -45,9 +45,7 @@ class Endpoint:
 
     def __init__(self, url: str, model: str | None, api_key: str | None, fields: dict[str, Any]) -> None:
         """`fields` go into every request."""
-        headers = {"content-type": "application/json"}
-        if api_key is not None:
-            headers["authorization"] = f"Bearer {api_key}"
+        headers = {"content-type": "application/json"} | authorization(api_key)
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=256)
         self._http = httpx2.AsyncClient(base_url=base_url(url), headers=headers, timeout=TIMEOUT_S, limits=limits)
         self._fields = fields
@@ -125,7 +123,7 @@ class Endpoint:
         try:
             response = await self._http.get("models")
             if response.status_code in (401, 403):
-                raise ClientError(f"{self._http.base_url} wants a key: give --api-key or set FOVEA_API_KEY")
+                raise ClientError(wants_key(self._http.base_url))
             name: str = response.raise_for_status().json()["data"][0]["id"]
         except (httpx2.HTTPError, ValueError, KeyError, IndexError) as exc:
             raise ClientError(

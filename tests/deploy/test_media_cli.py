@@ -105,3 +105,29 @@ def test_errors_are_one_line(fovea: Fovea, arguments: list[str], words: str) -> 
 def test_service_that_is_not_there_is_named() -> None:
     error = CliRunner().invoke(app, ["media", "list", "--url", f"http://127.0.0.1:{free_port()}"]).exception
     assert isinstance(error, ClientError) and "start one with `fovea up`" in str(error)
+
+
+@pytest.mark.parametrize("by", ["option", "environment"])
+def test_service_with_keys_is_managed_with_one(
+    by: str, url_with_keys: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = ["--api-key", "secret"] if by == "option" else []
+    if by == "environment":
+        monkeypatch.setenv("FOVEA_API_KEY", "secret")
+
+    def run(*arguments: object) -> Result:
+        return CliRunner().invoke(app, [*map(str, arguments), "--url", url_with_keys, *key])
+
+    media_id = run("media", "add", folder / "0.png").stdout.split()[0]
+    commands = [
+        ("media", "list"), ("media", "show", media_id), ("media", "rm", media_id), ("cache", "warm", folder),
+        ("cache", "stats"), ("cache", "export", tmp_path / "file"), ("cache", "purge"),
+        ("cache", "import", tmp_path / "file"),
+    ]  # fmt: skip
+    assert [run(*command).exit_code for command in commands] == [0] * len(commands)
+
+
+def test_missing_key_is_asked_for(url_with_keys: str) -> None:
+    for command in (["media", "list"], ["cache", "stats"], ["cache", "export", "nowhere"]):
+        error = CliRunner().invoke(app, [*command, "--url", url_with_keys]).exception
+        assert isinstance(error, ClientError) and "give --api-key or set FOVEA_API_KEY" in str(error)

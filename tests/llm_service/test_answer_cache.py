@@ -49,7 +49,7 @@ async def test_answer_is_what_was_put() -> None:
         {"image_keys": ["b", "a"]},
         {"image_keys": ["ab"]},
         {"image_keys": []},
-        {"image_secrets": ["s"]},
+        {"secrets": ["s"]},
     ],
     ids=str,
 )
@@ -109,18 +109,30 @@ async def test_answers_about_a_deleted_image_are_not_found_again_be_they_written
     store = DictTier()
     replica, other = AnswerCache(store, 2**20), AnswerCache(store, 2**20)
     images = [mm_hash(b"deleted"), mm_hash(b"kept")]
-    both, kept = await replica.image_secrets(images), await replica.image_secrets(images[1:])
-    late = key(fingerprint="late", image_secrets=await other.image_secrets(images))
-    replica.put(key(image_secrets=both), ANSWER)
-    replica.put(key(image_secrets=kept), ANSWER)
+    both, kept = await replica.secrets(images), await replica.secrets(images[1:])
+    late = key(fingerprint="late", secrets=await other.secrets(images))
+    replica.put(key(secrets=both), ANSWER)
+    replica.put(key(secrets=kept), ANSWER)
 
     replica.discard_image(images[0])
     other.put(late, ANSWER)  # it was being made, and `other` has not heard
 
-    again = await replica.image_secrets(images)
+    again = await replica.secrets(images)
     for fingerprint in ("fp", "late"):
-        assert await replica.get(key(fingerprint=fingerprint, image_secrets=again)) is None
-    assert await replica.get(key(image_secrets=again[1:])) == ANSWER
+        assert await replica.get(key(fingerprint=fingerprint, secrets=again)) is None
+    assert await replica.get(key(secrets=[again[0], *again[2:]])) == ANSWER
+
+
+async def test_no_answer_is_found_after_all_were_discarded_be_it_written_before_or_after() -> None:
+    store = DictTier()
+    replica, other = AnswerCache(store, 2**20), AnswerCache(store, 2**20)
+    secrets = await replica.secrets([])
+    replica.put(key(fingerprint="before", secrets=secrets), ANSWER)
+    other.discard_all()
+    replica.put(key(fingerprint="late", secrets=secrets), ANSWER)
+    secrets = await replica.secrets([])
+    for name in ("before", "late"):
+        assert await replica.get(key(fingerprint=name, secrets=secrets)) is None
 
 
 async def test_answer_is_not_readable_without_its_key() -> None:
