@@ -70,7 +70,7 @@ class SamplingRequest(ApiRequest):
     """The fields of chat completions and completions that say how an answer is chosen, vLLM's extensions included."""
 
     harmless: ClassVar[frozenset[str]] = CLIENT_FIELDS
-    not_honoured: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+    not_honoured: ClassVar[dict[str, tuple[Any, ...]]] = {
         "bad_words": ([],),
         "best_of": (1,),
         "guided_choice": (),
