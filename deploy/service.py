@@ -21,6 +21,7 @@ import yaml
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from ray.exceptions import AuthenticationError
 
+from deploy import serve_settings
 from deploy.private_redis import end_private_servers
 from deploy.progress import waiting
 
@@ -95,16 +96,17 @@ def ray_cluster(report: Report) -> Iterator[str]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # otherwise every start warns of a coming change
     address = os.environ.get("RAY_ADDRESS")
     report(f"connecting to Ray at {address}" if address else "starting Ray")
-    with waiting("starting Ray"), _signals_kept():
-        context = ray.init(
-            address=address, include_dashboard=None if address else True, log_to_driver=False, logging_level="ERROR"
-        )
-    try:
-        yield f"http://{context.dashboard_url}"
-    finally:
-        if not address:
-            end_private_servers()
-        ray.shutdown()
+    with contextlib.nullcontext() if address else serve_settings.environment():
+        with waiting("starting Ray"), _signals_kept():
+            context = ray.init(
+                address=address, include_dashboard=None if address else True, log_to_driver=False, logging_level="ERROR"
+            )
+        try:
+            yield f"http://{context.dashboard_url}"
+        finally:
+            if not address:
+                end_private_servers()
+            ray.shutdown()
 
 
 @contextlib.contextmanager
@@ -167,10 +169,7 @@ def check_port(url: str) -> None:
 
 def free_port() -> int:
     """A port of this machine on which nothing listens at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    return serve_settings.free_ports(1)[0]
 
 
 def connect(dashboard: str) -> ServeSubmissionClient:

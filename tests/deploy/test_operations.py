@@ -1,16 +1,18 @@
 """The files that operators take: they are what Serve, KubeRay, Compose and Grafana read, and agree with each other."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from ray.serve._private import constants
 from ray.serve.schema import ServeDeploySchema
 
 from common import metrics
-from deploy import configuration, service
+from deploy import configuration, serve_settings, service
 from llm_service.deployment import EncoderHandle
 
 ROOT = Path(__file__).parents[2]
@@ -116,12 +118,38 @@ def test_compose_has_the_redis_servers_that_the_production_file_names() -> None:
 def test_dockerfile_copies_what_is_there_and_starts_the_production_file() -> None:
     lines = (DEPLOY / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
     instructions = [line.split() for line in lines if line and not line.startswith("#")]
-    assert {words[0] for words in instructions} <= {"FROM", "RUN", "WORKDIR", "COPY", "USER", "EXPOSE", "CMD"}
+    assert {words[0] for words in instructions} <= {"FROM", "RUN", "WORKDIR", "COPY", "ENV", "USER", "EXPOSE", "CMD"}
     copied = {source for words in instructions if words[0] == "COPY" for source in words[1:-1]}
     assert all((ROOT / source).exists() for source in copied)
     assert {"common", "encoder_service", "llm_service", "deploy"} <= copied
     command = json.loads(" ".join(next(words[1:] for words in instructions if words[0] == "CMD")))
     assert command[:2] == ["fovea", "up"] and (ROOT / command[3].removeprefix("/opt/fovea/")).exists()
+
+
+def test_image_starts_ray_with_the_settings_of_fovea_up() -> None:
+    lines = (DEPLOY / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+    (words,) = [line.split()[1:] for line in lines if line.startswith("ENV ")]
+    assert dict(word.split("=") for word in words) == serve_settings.SETTINGS
+
+
+def test_settings_of_serve_are_known_to_it() -> None:
+    source = Path(constants.__file__).read_text()
+    with serve_settings.environment():
+        names = [name for name in os.environ if name.startswith("RAY_SERVE_")]
+    assert set(serve_settings.SETTINGS) < set(names)
+    assert [name for name in names if f'"{name}"' not in source] == []
+
+
+def test_settings_leave_what_the_user_has_set_and_end_with_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "0")
+    before = dict(os.environ)
+    with serve_settings.environment():
+        assert os.environ["RAY_SERVE_ENABLE_HA_PROXY"] == "0"
+        assert os.environ["RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD"] == "0"
+        directory = Path(os.environ["RAY_SERVE_HAPROXY_SOCKET_PATH"]).parent
+        assert directory.stat().st_mode & 0o777 == 0o700
+    assert dict(os.environ) == before
+    assert not directory.exists()
 
 
 def test_dashboard_shows_metrics_that_exist() -> None:
