@@ -118,16 +118,16 @@ def engine(
 
 
 @bench.command()
-def preprocess(
+def encoder(
     sizes: Annotated[str, typer.Option(help="Sides of square pictures.")] = "448,980,1024,1792",
-    rounds: Annotated[int, typer.Option(min=3, help="Of each measurement.")] = 15,
-    output: Annotated[Path, typer.Option(help="The figures.")] = Path("fovea-bench-preprocess.json"),
+    seconds: Annotated[float, typer.Option(min=0.5, help="Of each rate.")] = 5.0,
+    output: Annotated[Path, typer.Option(help="The figures.")] = Path("fovea-bench-encoder.json"),
 ) -> None:
-    """Decoded picture to patches on one thread, by both image backends and by transformers' PIL processor."""
-    from deploy.bench import preprocess as pixels
+    """One encoder: images per second from JPEG bytes, each step, the tower's arithmetic, and transformers beside it."""
+    from deploy.bench import encoder as measurement
 
     with waiting("measuring"):
-        pixels.run([int(size) for size in sizes.split(",")], rounds, output)
+        measurement.run([int(size) for size in sizes.split(",")], seconds, output)
 
 
 @bench.command("bad-input")

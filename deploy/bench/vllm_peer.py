@@ -1,18 +1,25 @@
-"""The peer beside `fovea bench engine`: vLLM's offline `LLM.generate` on the same shape, in vLLM's own environment.
+"""The peer beside `fovea bench`: vLLM's offline `LLM.generate` on the same shape, in vLLM's own environment.
 
-    python deploy/bench/vllm_peer.py OUTPUT.json
+    python deploy/bench/vllm_peer.py text OUTPUT.json      beside `engine`: prompts of 300 random tokens, 256 tokens out
+    python deploy/bench/vllm_peer.py images OUTPUT.json    beside `encoder`: a new picture in each prompt, one token out
 
-Stands alone: it imports vLLM and nothing of Fovea. Random weights, bf16, prompts of 300 random tokens, 256 tokens out.
+Stands alone: it imports vLLM and nothing of Fovea. Random weights in bf16; words and special tokens are those of the
+embedded model.
 """
 
+import io
 import json
+import shutil
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
 
 SHAPE = {
@@ -32,22 +39,26 @@ SHAPE = {
 }
 
 
-def main() -> None:
+EMBEDDED = Path(__file__).parents[1] / "shapes" / "checkpoint"
+
+
+def load(**limits: Any) -> LLM:
     with tempfile.TemporaryDirectory() as directory:
-        Path(directory, "config.json").write_text(json.dumps({"model_type": "qwen2_vl", **SHAPE}))
-        Path(directory, "preprocessor_config.json").write_text(
-            json.dumps({"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 14, "merge_size": 2})
-        )
-        llm = LLM(
-            directory,
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            dtype="bfloat16",
-            max_model_len=4096,
-            max_num_seqs=256,
-            limit_mm_per_prompt={"image": 0, "video": 0},
-            enable_prefix_caching=False,
-        )
+        for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.json"):
+            shutil.copy(EMBEDDED / name, directory)
+        embedded = json.loads((EMBEDDED / "config.json").read_text())
+        special = {name: embedded[name] for name in embedded if name.endswith("_token_id")}
+        Path(directory, "config.json").write_text(json.dumps({"model_type": "qwen2_vl", **SHAPE, **special}))
+        processor = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor"}
+        budget = {"patch_size": 14, "merge_size": 2, "min_pixels": 56 * 56, "max_pixels": 12845056}
+        Path(directory, "preprocessor_config.json").write_text(json.dumps(processor | budget))
+        return LLM(directory, load_format="dummy", dtype="bfloat16", enable_prefix_caching=False, **limits)
+
+
+def text() -> list[dict[str, float]]:
+    """Tokens a second between the first token and token 256."""
+    limits = {"max_model_len": 4096, "max_num_seqs": 256, "limit_mm_per_prompt": {"image": 0, "video": 0}}
+    llm = load(skip_tokenizer_init=True, **limits)
 
     def seconds(concurrency: int, num_tokens: int) -> float:
         prompts = [{"prompt_token_ids": torch.randint(150_000, (300,)).tolist()} for _ in range(concurrency)]
@@ -61,9 +72,44 @@ def main() -> None:
         seconds(concurrency, 256)  # warm
         decode_s = statistics.median(seconds(concurrency, 256) - seconds(concurrency, 1) for _ in range(3))
         rows.append({"concurrency": concurrency, "tok/s": concurrency * 255 / decode_s})
-        print(rows[-1], flush=True)
-    Path(sys.argv[1]).write_text(json.dumps({"vllm": rows}, indent=2) + "\n")
+    return rows
+
+
+def images() -> list[dict[str, float]]:
+    """Pictures a second from JPEG bytes to the first token: decoding, preprocessing, encoding and prefill."""
+    llm = load(max_model_len=8192, limit_mm_per_prompt={"image": 1, "video": 0}, mm_processor_cache_gb=0)
+
+    def seconds(pictures: list[bytes]) -> float:
+        begin = time.perf_counter()
+        prompts = [
+            {
+                "prompt": "<|vision_start|><|image_pad|><|vision_end|>What is it?",
+                "multi_modal_data": {"image": Image.open(io.BytesIO(data)).convert("RGB")},
+            }
+            for data in pictures
+        ]
+        llm.generate(prompts, SamplingParams(max_tokens=1, temperature=0, detokenize=False), use_tqdm=False)
+        return time.perf_counter() - begin
+
+    rows = []
+    for side, count in ((448, 256), (980, 64), (1024, 64), (1792, 16)):
+        pictures = [picture(seed, side) for seed in range(2 * count)]
+        seconds(pictures[:8])  # warm
+        rows.append({"side": side, "images/s": count / seconds(pictures[count:])})
+    return rows
+
+
+def picture(seed: int, side: int) -> bytes:
+    """A smooth JPEG that no other one equals, as those of `fovea bench encoder`."""
+    coarse = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (12, 12, 3), np.uint8))
+    buffer = io.BytesIO()
+    coarse.resize((side, side), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
 
 
 if __name__ == "__main__":
-    main()
+    what, output = sys.argv[1:]
+    rows = {"text": text, "images": images}[what]()
+    for row in rows:
+        print(row)
+    Path(output).write_text(json.dumps({"vllm": rows}, indent=2) + "\n")
