@@ -42,23 +42,22 @@ SHAPE = {
 EMBEDDED = Path(__file__).parents[1] / "shapes" / "checkpoint"
 
 
-def load(**limits: Any) -> LLM:
-    with tempfile.TemporaryDirectory() as directory:
-        for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.json"):
-            shutil.copy(EMBEDDED / name, directory)
-        embedded = json.loads((EMBEDDED / "config.json").read_text())
-        special = {name: embedded[name] for name in embedded if name.endswith("_token_id")}
-        Path(directory, "config.json").write_text(json.dumps({"model_type": "qwen2_vl", **SHAPE, **special}))
-        processor = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor"}
-        budget = {"patch_size": 14, "merge_size": 2, "min_pixels": 56 * 56, "max_pixels": 12845056}
-        Path(directory, "preprocessor_config.json").write_text(json.dumps(processor | budget))
-        return LLM(directory, load_format="dummy", dtype="bfloat16", enable_prefix_caching=False, **limits)
+def load(directory: str, **limits: Any) -> LLM:
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.json"):
+        shutil.copy(EMBEDDED / name, directory)
+    embedded = json.loads((EMBEDDED / "config.json").read_text())
+    special = {name: embedded[name] for name in embedded if name.endswith("_token_id")}
+    Path(directory, "config.json").write_text(json.dumps({"model_type": "qwen2_vl", **SHAPE, **special}))
+    processor = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor"}
+    budget = {"patch_size": 14, "merge_size": 2, "min_pixels": 56 * 56, "max_pixels": 12845056}
+    Path(directory, "preprocessor_config.json").write_text(json.dumps(processor | budget))
+    return LLM(directory, load_format="dummy", dtype="bfloat16", enable_prefix_caching=False, **limits)
 
 
-def text() -> list[dict[str, float]]:
+def text(directory: str) -> list[dict[str, float]]:
     """Tokens a second between the first token and token 256."""
     limits = {"max_model_len": 4096, "max_num_seqs": 256, "limit_mm_per_prompt": {"image": 0, "video": 0}}
-    llm = load(skip_tokenizer_init=True, **limits)
+    llm = load(directory, skip_tokenizer_init=True, **limits)
 
     def seconds(concurrency: int, num_tokens: int) -> float:
         prompts = [{"prompt_token_ids": torch.randint(150_000, (300,)).tolist()} for _ in range(concurrency)]
@@ -75,9 +74,9 @@ def text() -> list[dict[str, float]]:
     return rows
 
 
-def images() -> list[dict[str, float]]:
+def images(directory: str) -> list[dict[str, float]]:
     """Pictures a second from JPEG bytes to the first token: decoding, preprocessing, encoding and prefill."""
-    llm = load(max_model_len=8192, limit_mm_per_prompt={"image": 1, "video": 0}, mm_processor_cache_gb=0)
+    llm = load(directory, max_model_len=8192, limit_mm_per_prompt={"image": 1, "video": 0}, mm_processor_cache_gb=0)
 
     def seconds(pictures: list[bytes]) -> float:
         begin = time.perf_counter()
@@ -109,7 +108,8 @@ def picture(seed: int, side: int) -> bytes:
 
 if __name__ == "__main__":
     what, output = sys.argv[1:]
-    rows = {"text": text, "images": images}[what]()
+    with tempfile.TemporaryDirectory() as directory:  # to the end: vLLM reads its processor late
+        rows = {"text": text, "images": images}[what](directory)
     for row in rows:
         print(row)
     Path(output).write_text(json.dumps({"vllm": rows}, indent=2) + "\n")
