@@ -15,6 +15,20 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class VideoLimits(Config):
+    """What a clip may cost. All but the time are known before a frame is decoded."""
+
+    max_clips: int = Field(4, ge=0, description="clips in one request")
+    max_frames: int = Field(128, ge=1, description="frames that a clip is sampled to, or is sent as")
+    max_seconds: float = Field(600.0, gt=0, description="duration of a clip")
+    max_bytes: int = Field(20 * MIB, ge=1, description="bytes of a clip in one file")
+    max_decoded_frames: int = Field(20_000, ge=1, description="frames in the file, most of which are not sampled")
+    max_decoded_pixels: int = Field(4 * 10**9, ge=1, description="pixels of these frames together")
+    max_sampled_pixels: int = Field(128 * 10**6, ge=1, description="pixels of the sampled ones, held at 3 bytes each")
+    decode_timeout_s: float = Field(30.0, gt=0, description="for the file, waiting not counted")
+    decode_processes: int = Field(2, ge=1, description="files that an LLM replica decodes at once")
+
+
 class ImageLimits(Config):
     """What an image may cost before anything is decoded."""
 
@@ -23,6 +37,7 @@ class ImageLimits(Config):
     max_image_pixels: int = Field(64 * 1000 * 1000, ge=1, description="decoded pixels of one image")
     max_image_frames: int = Field(1024, ge=1, description="frames in an animation")
     max_image_scans: int = Field(100, ge=1, description="scans in a progressive JPEG, which usually has about ten")
+    video: VideoLimits = VideoLimits()
 
 
 class ModelConfig(Config):
@@ -48,6 +63,9 @@ class ModelConfig(Config):
     num_threads: int = Field(1, ge=1, description="torch threads of a replica on CPU; features depend on it")
     min_pixels: int | None = Field(None, ge=1, description="pixel budget of an image; default: the checkpoint's")
     max_pixels: int | None = Field(None, ge=1, description="pixel budget of an image; default: the checkpoint's")
+    max_frame_pixels: int | None = Field(
+        None, ge=1, description="pixel budget of a frame of a clip; default: an image's, and no more than 768 tokens"
+    )
     limits: ImageLimits = ImageLimits()
 
 

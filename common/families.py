@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
 from common.embedding import Grid
+from common.frames import FRAMES_PER_GRID
 from common.geometry import (
     AnyresGeometry,
     FixedGeometry,
@@ -25,6 +26,7 @@ from common.geometry import (
 )
 
 MropeRule = Literal["qwen", "hf5"]
+ClipRule = Literal["grids", "seconds", "timestamps"]
 
 DEFAULT_MIN_PIXELS = 56 * 56  # these two are the defaults of transformers' Qwen2-VL image processor
 DEFAULT_MAX_PIXELS = 28 * 28 * 1280
@@ -61,6 +63,9 @@ class Family:
     templates take text as a string. With `counts_images` features depend on whether an image is alone in its prompt,
     with `needs_instruction` on the text of the prompt. Of two images with nothing between them `shares_boundary` lets
     the second begin with the token that the first ends with, and `spaces_text` parts the text after an image from it.
+
+    `clips` says how time is told: a step of one position for each temporal grid, or of so many as its seconds are worth
+    (`tokens_per_second`), or the time as text before each grid. None: clips are refused.
     """
 
     model_type: str
@@ -74,6 +79,7 @@ class Family:
     needs_instruction: bool = False
     shares_boundary: bool = False
     spaces_text: bool = False
+    clips: ClipRule | None = None
 
 
 def _patches(config: Any, preprocessor: Mapping[str, Any]) -> ImageGeometry:
@@ -185,9 +191,9 @@ _BLIP: Mapping[str, Any] = {"geometry": _queries, "chat_template": _IMAGES_THEN_
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
     for family in (
-        Family(model_type="qwen2_vl", **_QWEN),
-        Family(model_type="qwen2_5_vl", **_QWEN),
-        Family(model_type="qwen3_vl", **_QWEN),
+        Family(model_type="qwen2_vl", **_QWEN, clips="grids"),
+        Family(model_type="qwen2_5_vl", **_QWEN, clips="seconds"),
+        Family(model_type="qwen3_vl", **_QWEN, clips="timestamps"),
         Family(model_type="llava", geometry=_llava),
         Family(model_type="llava_next", geometry=_anyres),
         Family(model_type="llava_onevision", geometry=_onevision, counts_images=True),
@@ -219,6 +225,21 @@ def family_of(config: Any) -> Family:
             f"{sorted(FAMILIES)}"
         )
     return family
+
+
+def clip_rule_of(config: Any) -> ClipRule | None:
+    """None if the model takes no clips."""
+    has_pairs = getattr(config.vision_config, "temporal_patch_size", None) == FRAMES_PER_GRID
+    return family_of(config).clips if has_pairs else None
+
+
+def clip_interval(config: Any, seconds_per_grid: float) -> float:
+    """The step of position ids between two temporal grids, as `VisionItem` takes it."""
+    if clip_rule_of(config) != "seconds":
+        return 1.0
+    # One float32 product, as transformers makes it.
+    seconds = torch.tensor(seconds_per_grid, dtype=torch.float32)
+    return float(config.vision_config.tokens_per_second * seconds)
 
 
 def mrope_positions(

@@ -10,6 +10,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 from common.config import MIB, ImageLimits
 from common.embedding import Grid
 from common.errors import DeadlineExceededError, InvalidRequestError, PayloadTooLargeError
+from common.frames import Frame, RgbFrame, unpack_frames
 from common.geometry import ImageGeometry
 from common.identity import mm_hash
 
@@ -32,13 +33,15 @@ class MediaParams:
     """What features depend on besides the bytes and the namespace. Part of the key.
 
     That is the pixel budget; for some families also whether the image is `alone` in its prompt, or an `instruction`,
-    the text of the prompt.
+    the text of the prompt. A temporal grid of a clip has two `frames`, which the bytes hold as `common.frames` packs
+    them; the budget is that of each.
     """
 
     min_pixels: int
     max_pixels: int
     alone: bool = True
     instruction: str = ""
+    frames: int = 1
 
     def grid(self, geometry: ImageGeometry, height: int, width: int) -> Grid:
         """The grid of an image of this displayed size, in pixels, under these params."""
@@ -47,12 +50,13 @@ class MediaParams:
     def __str__(self) -> str:
         among = "" if self.alone else ",among=others"
         instruction = f",instruction={mm_hash(self.instruction.encode())}" if self.instruction else ""
-        return f"max_pixels={self.max_pixels},min_pixels={self.min_pixels}{among}{instruction}"
+        frames = f",frames={self.frames}" if self.frames > 1 else ""
+        return f"max_pixels={self.max_pixels},min_pixels={self.min_pixels}{among}{instruction}{frames}"
 
 
 @dataclass(frozen=True, slots=True)
 class MediaItem:
-    """One image to be encoded: its bytes as sent, their `mm_hash`, and the params.
+    """One image, or temporal grid of a clip, to be encoded: its bytes as sent, their `mm_hash`, and the params.
 
     Its embedding is `tenant`'s alone. After `deadline`, in Unix time, nobody waits for it any more.
     """
@@ -66,6 +70,15 @@ class MediaItem:
     @classmethod
     def of(cls, data: bytes, params: MediaParams, tenant: str = "") -> "MediaItem":
         return cls(data=data, mm_hash=mm_hash(data), params=params, tenant=tenant)
+
+    def displayed_size(self, limits: ImageLimits) -> tuple[int, int]:
+        """Height and width in pixels, of each of the frames if there are two. Raises InvalidRequestError."""
+        if self.params.frames == 1:
+            header = image_header(self.data, limits)
+            return header.height, header.width
+        first, second = (frame_size(frame, limits) for frame in unpack_frames(self.data))
+        check_same_size(first, second)
+        return first
 
     def check_deadline(self) -> None:
         """Raises DeadlineExceededError, so that no time is spent on what nobody waits for."""
@@ -112,6 +125,25 @@ def image_header(data: bytes, limits: ImageLimits) -> ImageHeader:
     return ImageHeader(format=image.format, height=height, width=width, orientation=orientation)
 
 
+def frame_size(frame: Frame, limits: ImageLimits) -> tuple[int, int]:
+    """Displayed height and width of a frame of a clip. Raises InvalidRequestError."""
+    if isinstance(frame, RgbFrame):
+        _check_pixels(frame.height, frame.width, limits)
+        return frame.height, frame.width
+    header = image_header(frame, limits)
+    return header.height, header.width
+
+
+def check_same_size(first: tuple[int, int], other: tuple[int, int]) -> None:
+    """Raises InvalidRequestError for two frames that are not of one clip."""
+    if first != other:
+        raise InvalidRequestError(
+            f"frames of a clip must have one size: one has {first[1]} x {first[0]} pixels, another {other[1]} x "
+            f"{other[0]}",
+            code="invalid_video",
+        )
+
+
 def open_image(data: bytes, limits: ImageLimits) -> Image.Image:
     """A lazily opened image whose size is within the limits; nothing is decoded yet."""
     if not data:
@@ -132,13 +164,17 @@ def open_image(data: bytes, limits: ImageLimits) -> Image.Image:
             f"the data is not an image of a supported format ({', '.join(FORMATS)})", code="invalid_image"
         ) from exc
     width, height = image.size
+    _check_pixels(height, width, limits)
+    return image
+
+
+def _check_pixels(height: int, width: int, limits: ImageLimits) -> None:
     if width * height > limits.max_image_pixels:
         raise InvalidRequestError(
             f"the image has {width} x {height} = {width * height} pixels, the limit is {limits.max_image_pixels} "
             "(limits.max_image_pixels)",
             code="image_too_large",
         )
-    return image
 
 
 def orientation_of(image: Image.Image) -> int:

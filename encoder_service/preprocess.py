@@ -20,6 +20,7 @@ from torch import Tensor
 from common.config import ImageBackend, ImageLimits
 from common.embedding import Grid
 from common.errors import InvalidRequestError
+from common.frames import Frame, RgbFrame, unpack_frames
 from common.geometry import PatchGeometry
 from common.media import MediaParams, open_image, orientation_of
 from encoder_service.image_blocks import check_blocks
@@ -45,7 +46,7 @@ _UPRIGHT = {
 
 @dataclass(frozen=True, slots=True)
 class PreprocessedImage:
-    """`patches` is uint8 `[N, 3, P, P]`; the patches that become one token are adjacent."""
+    """`patches` is uint8 `[N, 3, P, P]`, of two frames `[N, 3, 2, P, P]`; those that become one token are adjacent."""
 
     patches: Tensor
     grid_thw: Grid
@@ -86,8 +87,13 @@ class ImagePreprocessor:
         self._table = self.normalization_table()
 
     def __call__(self, data: bytes, params: MediaParams) -> PreprocessedImage:
-        """Raises InvalidRequestError for bytes that are not a whole image within the limits."""
-        image = decode(data, self.limits)
+        """Raises InvalidRequestError for bytes that are not a whole image, or two frames, within the limits."""
+        if params.frames == 1:
+            return self._of_image(decode(data, self.limits), params)
+        first, second = (self._of_image(frame, params) for frame in decode_frames(data, self.limits))
+        return PreprocessedImage(torch.stack([first.patches, second.patches], 2), first.grid_thw)
+
+    def _of_image(self, image: Image.Image, params: MediaParams) -> PreprocessedImage:
         grid = params.grid(self.geometry, image.height, image.width)
         return PreprocessedImage(patches=self.patchify(self.resize(image, grid), grid), grid_thw=grid)
 
@@ -112,7 +118,7 @@ class ImagePreprocessor:
 
     def model_inputs(self, images: Sequence[PreprocessedImage], device: torch.device) -> dict[str, Tensor]:
         """What `get_image_features` takes for a batch, on its device."""
-        patches = torch.cat([image.patches for image in images]).to(device)
+        patches = torch.cat(_with_equal_frames([image.patches for image in images])).to(device)
         return {
             "pixel_values": pixel_values(patches, self._table.to(device), self.temporal_patch_size),
             "image_grid_thw": torch.tensor([image.grid_thw for image in images], device=device),
@@ -155,6 +161,17 @@ def decode(data: bytes, limits: ImageLimits) -> Image.Image:
         raise InvalidRequestError("the image is truncated or damaged", code="invalid_image") from exc
 
 
+def decode_frames(data: bytes, limits: ImageLimits) -> list[Image.Image]:
+    """The two upright RGB frames of a temporal grid."""
+    return [_decode_frame(frame, limits) for frame in unpack_frames(data)]
+
+
+def _decode_frame(frame: Frame, limits: ImageLimits) -> Image.Image:
+    if isinstance(frame, RgbFrame):
+        return Image.fromarray(np.frombuffer(frame.pixels, np.uint8).reshape(frame.height, frame.width, 3))
+    return decode(frame, limits)
+
+
 def decoder_version() -> str:
     """The decoders behind Pillow differ in pixels between versions, so they are in the namespace."""
     libraries = [f"{name} {features.version(name)}" for name in ("libjpeg_turbo", "webp")]
@@ -164,11 +181,23 @@ def decoder_version() -> str:
 def pixel_values(patches: Tensor, table: Tensor, temporal_patch_size: int) -> Tensor:
     """uint8 `[N, 3, P, P]` and float32 `[3, 256]` to float32 `[N, 3 * temporal_patch_size * P * P]`, on their device.
 
-    A still image doubles its frame. A table look-up is exact, whatever the device.
+    A still image doubles its frame; patches of a clip, `[N, 3, temporal_patch_size, P, P]`, have theirs. A table
+    look-up is exact, whatever the device.
     """
-    entries = patches.int() + 256 * torch.arange(3, dtype=torch.int32, device=patches.device)[:, None, None]
-    values = table.flatten().index_select(0, entries.flatten()).view(patches.shape)[:, :, None]
-    return values.expand(-1, -1, temporal_patch_size, -1, -1).reshape(len(patches), -1)
+    channels = torch.arange(3, dtype=torch.int32, device=patches.device).view(3, *[1] * (patches.ndim - 2))
+    entries = patches.int() + 256 * channels
+    values = table.flatten().index_select(0, entries.flatten()).view(patches.shape)
+    if values.ndim == 4:
+        values = values[:, :, None].expand(-1, -1, temporal_patch_size, -1, -1)
+    return values.reshape(len(patches), -1)
+
+
+def _with_equal_frames(patches: Sequence[Tensor]) -> list[Tensor]:
+    """Stills among grids of clips get a second frame here, so that one tensor can hold all."""
+    frames = [one.shape[2] for one in patches if one.ndim == 5]
+    if len(frames) in (0, len(patches)):
+        return list(patches)
+    return [one if one.ndim == 5 else one[:, :, None].expand(-1, -1, frames[0], -1, -1) for one in patches]
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

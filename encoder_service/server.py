@@ -16,7 +16,7 @@ from common.config import ModelConfig
 from common.embedding import EmbeddingSpec, VisionEmbedding, content_digest, pack, unpack
 from common.errors import InvalidRequestError, OverloadedError
 from common.identity import EmbeddingNamespace, mm_hash
-from common.media import MediaItem, image_header
+from common.media import MediaItem
 from common.media_store import MediaStore, discard_from
 from common.tracing import span
 from encoder_service.backlog import Stage
@@ -134,7 +134,8 @@ class EncoderServer:
             hit = await self._cache.wait_for(key, spec, self._producer)
         if hit is not None:
             return bytes(hit.data)  # itself, if it is that already
-        if self._alias_store is not None and (copy := await self._copy(self._alias_store, item, spec)):
+        alias_store = self._alias_store if item.params.frames == 1 else None
+        if alias_store is not None and (copy := await self._copy(alias_store, item, spec)):
             data, packed = await self._on_thread(self._pack, key, copy)
             self._cache.put_local(key, data, packed, since=since)  # the shared tier has it already, as the copy's
             return data
@@ -199,8 +200,7 @@ class EncoderServer:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
 
     def _spec(self, item: MediaItem) -> EmbeddingSpec:
-        header = image_header(item.data, self._limits)
-        grid = item.params.grid(self._geometry, header.height, header.width)
+        grid = item.params.grid(self._geometry, *item.displayed_size(self._limits))
         return self._geometry.embedding_spec(grid, self._dtype)
 
 

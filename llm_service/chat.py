@@ -8,9 +8,10 @@ from typing import Any
 
 from common.config import ImageLimits
 from common.errors import InvalidRequestError
-from llm_service.image_parts import AnyImagePart, ImagePart, MediaPart, UrlPart, parse_image_part, parse_reference
+from llm_service.image_parts import ImagePart, MediaPart, UrlPart, parse_image_part, parse_reference
+from llm_service.video_parts import ClipPart, VisualPart, parse_video_part
 
-__all__ = ["AnyImagePart", "ChatMessage", "ImagePart", "MediaPart", "Tool", "ToolCall", "UrlPart", "parse_messages"]
+__all__ = ["ChatMessage", "ImagePart", "MediaPart", "Tool", "ToolCall", "UrlPart", "VisualPart", "parse_messages"]
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 
@@ -48,7 +49,7 @@ class Tool:
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
     role: str
-    content: list[str | AnyImagePart]
+    content: list[str | VisualPart]
     tool_calls: tuple[ToolCall, ...] = ()
 
     @property
@@ -56,14 +57,17 @@ class ChatMessage:
         return "".join(part for part in self.content if isinstance(part, str))
 
     def for_template(self, *, string_content: bool = True) -> dict[str, Any]:
-        """What chat templates expect: parts in which an image is a bare marker, or the text as a string."""
+        """What chat templates expect: parts in which an image or clip is a bare marker, or the text as a string."""
         calls = {"tool_calls": [call.for_template() for call in self.tool_calls]} if self.tool_calls else {}
         if string_content and all(isinstance(part, str) for part in self.content):
             return {"role": self.role, "content": self.text, **calls}
-        parts = [
-            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in self.content
-        ]
-        return {"role": self.role, "content": parts, **calls}
+        return {"role": self.role, "content": [_part_for_template(part) for part in self.content], **calls}
+
+
+def _part_for_template(part: str | VisualPart) -> dict[str, str]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    return {"type": "video" if isinstance(part, ClipPart) else "image"}
 
 
 def parse_messages(messages: Sequence[Mapping[str, Any]], limits: ImageLimits) -> list[ChatMessage]:
@@ -79,17 +83,26 @@ def checked(messages: list[ChatMessage], limits: ImageLimits, param: str = "mess
         raise InvalidRequestError(f"{param} must not be empty", param=param)
     if len(messages) > _MAX_MESSAGES:
         raise InvalidRequestError(f"{len(messages)} messages were sent, the limit is {_MAX_MESSAGES}", param=param)
-    num_images = len(images_of(messages))
+    visuals = visuals_of(messages)
+    num_clips = sum(isinstance(part, ClipPart) for part in visuals)
+    num_images = len(visuals) - num_clips
     if num_images > limits.max_images:
         raise InvalidRequestError(
             f"{num_images} images were sent, the limit is {limits.max_images} (limits.max_images)",
             param=param,
             code="too_many_images",
         )
+    if num_clips > limits.video.max_clips:
+        raise InvalidRequestError(
+            f"{num_clips} clips were sent, the limit is {limits.video.max_clips} (limits.video.max_clips)",
+            param=param,
+            code="too_many_videos",
+        )
     return messages
 
 
-def images_of(messages: Sequence[ChatMessage]) -> list[AnyImagePart]:
+def visuals_of(messages: Sequence[ChatMessage]) -> list[VisualPart]:
+    """Images and clips."""
     return [part for message in messages for part in message.content if not isinstance(part, str)]
 
 
@@ -124,8 +137,8 @@ def parse_arguments(text: object, field: str) -> dict[str, Any]:
 
 
 def parse_content(
-    content: object, field: str, parse_part: Callable[[Mapping[str, Any], str], str | AnyImagePart]
-) -> list[str | AnyImagePart]:
+    content: object, field: str, parse_part: Callable[[Mapping[str, Any], str], str | VisualPart]
+) -> list[str | VisualPart]:
     """The content of a message of any API: a string, or parts."""
     if isinstance(content, str):
         return [content]
@@ -169,7 +182,7 @@ def _parse_message(message: Mapping[str, Any], field: str, limits: ImageLimits) 
     return ChatMessage(ROLES[role], parts, calls)
 
 
-def _parse_part(part: Mapping[str, Any], field: str, limits: ImageLimits) -> str | AnyImagePart:
+def _parse_part(part: Mapping[str, Any], field: str, limits: ImageLimits) -> str | VisualPart:
     kind = part.get("type") if "type" in part or "image_url" not in part else "image_url"
     match kind:
         case "text":
@@ -180,8 +193,10 @@ def _parse_part(part: Mapping[str, Any], field: str, limits: ImageLimits) -> str
             return parse_image_part(part, field, limits)
         case "image_ref":
             return parse_reference(part, field)
+        case "video_url" | "video":
+            return parse_video_part(part, field, limits)
         case other:
-            raise unsupported_part(other, field, ("text", "image_url", "image_ref"))
+            raise unsupported_part(other, field, ("text", "image_url", "image_ref", "video_url", "video"))
 
 
 def _parse_tool_calls(calls: object, field: str) -> tuple[ToolCall, ...]:

@@ -22,6 +22,8 @@ from common.tracing import span
 
 logger = logging.getLogger(__name__)
 
+_MAX_ENCODES = 16  # of one request at a time: the grids of a clip are megabytes each, and other requests want to encode
+
 
 class EncoderClient(Protocol):
     """The encoder service, as the LLM service sees it."""
@@ -104,10 +106,13 @@ class FeatureSource:
             hits = await self._cache.get_many(specs)
         looked_up_ms = (time.perf_counter() - started) * 1000
 
+        window = asyncio.Semaphore(_MAX_ENCODES)
+
         async def one(key: str, image: ImageRequest) -> ImageFeatures:
             if hit := hits.get(key):
                 return ImageFeatures(key, hit.embedding, hit.tier, looked_up_ms)
-            features = await self._join_or_encode(key, image)
+            async with window:
+                features = await self._join_or_encode(key, image)
             elapsed_ms = (time.perf_counter() - started) * 1000
             return ImageFeatures(features.key, features.embedding, features.source, elapsed_ms)
 

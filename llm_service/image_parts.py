@@ -5,20 +5,28 @@ import binascii
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, get_args
 
 from common.config import ImageLimits
 from common.errors import InvalidRequestError, PayloadTooLargeError
 from common.identity import mm_hash
+from common.media import MediaParams
 
 Detail = Literal["auto", "low", "high", "original"]
+Kind = Literal["image", "video"]
+
+_SENT_AS: Mapping[Kind, str] = {
+    "image": "an image is sent as a data URL (data:image/png;base64,...) or an http(s) URL",
+    "video": "a video is sent as a data URL (data:video/mp4;base64,...)",
+}
 
 # RFC 2397 with base64: data:image/png;charset=x;base64,....; scheme and type are case-insensitive
 _DATA_URL = re.compile(r"data:(?P<type>[^;,]*)(?P<parameters>(?:;[^;,]*)*),(?P<data>.*)", re.IGNORECASE | re.DOTALL)
 
 _WEB_URL = re.compile(r"https?://", re.IGNORECASE)
 _MAX_URL_LENGTH = 2048
+_LOW_DETAIL_SHARE = 4  # `detail: low` gives a picture this fraction of the pixel budget
 _ALIAS = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _CONTENT_HASH = re.compile(r"(?:(?P<algorithm>blake3|sha256):)?(?P<digest>[0-9A-Fa-f]{64})")
 
@@ -84,33 +92,37 @@ AnyImagePart = ImagePart | UrlPart | MediaPart
 
 def decode_data_url(url: str, field: str, limits: ImageLimits) -> bytes:
     """The bytes of a base64 `data:` URL whose type is an image's. What the bytes really hold is found out later."""
+    media_type, text = split_data_url(url, field)
+    if not media_type.startswith("image/"):
+        raise InvalidRequestError(
+            f"the data URL has the type {media_type[:64]!r}, not an image's", param=field, code="invalid_image_url"
+        )
+    return decode_base64(text, field, limits)
+
+
+def split_data_url(url: str, field: str, kind: Kind = "image") -> tuple[str, str]:
+    """The type, in lower case, and the base64 of a `data:` URL."""
     match = _DATA_URL.fullmatch(url.strip())
     if match is None:
-        raise InvalidRequestError(
-            "an image is sent as a data URL (data:image/png;base64,...) or an http(s) URL",
-            param=field,
-            code="invalid_image_url",
-        )
-    if not match["type"].strip().lower().startswith("image/"):
-        raise InvalidRequestError(
-            f"the data URL has the type {match['type'][:64]!r}, not an image's", param=field, code="invalid_image_url"
-        )
+        raise InvalidRequestError(_SENT_AS[kind], param=field, code=f"invalid_{kind}_url")
     if ";base64" not in match["parameters"].lower():
         raise InvalidRequestError("the data URL is not base64", param=field, code="invalid_base64")
-    return decode_base64(match["data"], field, limits)
+    return match["type"].strip().lower(), match["data"]
 
 
-def decode_base64(text: str, field: str, limits: ImageLimits) -> bytes:
-    if len(text) > limits.max_image_bytes * 4 // 3 + 4:
+def decode_base64(text: str, field: str, limits: ImageLimits, kind: Kind = "image") -> bytes:
+    is_image = kind == "image"
+    max_bytes, setting = (
+        (limits.max_image_bytes, "max_image_bytes") if is_image else (limits.video.max_bytes, "video.max_bytes")
+    )
+    if len(text) > max_bytes * 4 // 3 + 4:
         raise PayloadTooLargeError(
-            f"the image has more than {limits.max_image_bytes} bytes (limits.max_image_bytes)",
-            param=field,
-            code="image_too_large",
+            f"the {kind} has more than {max_bytes} bytes (limits.{setting})", param=field, code=f"{kind}_too_large"
         )
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as exc:
-        raise InvalidRequestError("the image is not valid base64", param=field, code="invalid_base64") from exc
+        raise InvalidRequestError(f"the {kind} is not valid base64", param=field, code="invalid_base64") from exc
 
 
 def image_of_url(
@@ -176,6 +188,13 @@ def parse_detail(source: Mapping[str, Any], field: str) -> Detail:
             f"detail must be one of {list(get_args(Detail))}, not {str(detail)[:64]!r}", param=f"{field}.detail"
         )
     return cast(Detail, detail)
+
+
+def with_detail(params: MediaParams, detail: Detail) -> MediaParams:
+    """The params under which a picture of this detail is encoded."""
+    if detail != "low":
+        return params
+    return replace(params, max_pixels=max(params.min_pixels, params.max_pixels // _LOW_DETAIL_SHARE))
 
 
 def _parse_alias(part: Mapping[str, Any], field: str) -> str | None:

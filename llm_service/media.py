@@ -25,11 +25,14 @@ from common.media import ImageHeader, MediaItem, MediaParams, image_header
 from common.media_store import DeletionWatcher, MediaRecord, MediaStore, discard_from, media_id_of
 from llm_service.admission import ANYONE, RequestContext
 from llm_service.answer_cache import AnswerCache
+from llm_service.clips import ClipLibrary, ClipRequest, Visual
 from llm_service.features import FeatureSource, ImageFeatures, ImageRequest, embedding_key
 from llm_service.fetch import ImageFetcher
-from llm_service.image_parts import AnyImagePart, ContentHash, Detail, ImagePart, MediaPart, UrlPart
+from llm_service.image_parts import ContentHash, Detail, ImagePart, MediaPart, UrlPart, with_detail
+from llm_service.video_parts import ClipPart, FramesPart, VisualPart
 
-_LOW_DETAIL_SHARE = 4  # `detail: low` gives an image this fraction of the pixel budget
+FetchedPart = ImagePart | MediaPart | ClipPart
+
 _PIN_ATTEMPTS = 40  # the encoder publishes behind its answer, so an entry is there a moment later
 _PIN_RETRY_S = 0.05
 
@@ -68,7 +71,9 @@ class MediaLibrary:
         limits: ImageLimits,
         fetcher: ImageFetcher,
         answers: AnswerCache | None = None,
+        clips: ClipLibrary | None = None,
     ) -> None:
+        """Without `clips` they are refused."""
         self.store = store
         self.deletions = DeletionWatcher(store, self._discard)
         self._features = features
@@ -77,15 +82,14 @@ class MediaLibrary:
         self._limits = limits
         self._fetcher = fetcher
         self._answers = answers
-        low = dataclasses.replace(params, max_pixels=max(params.min_pixels, params.max_pixels // _LOW_DETAIL_SHARE))
+        self._clips = clips
         self.params = params
-        self._params: dict[Detail, MediaParams] = {"auto": params, "low": low, "high": params, "original": params}
         self._pinning: dict[str, asyncio.Task[None]] = {}
 
     async def resolve(
-        self, parts: Sequence[AnyImagePart], context: MediaContext = ALONE, caller: RequestContext = ANYONE
-    ) -> list[ImageRequest]:
-        """What to encode for each part, in order. Nothing is decoded; bytes of managed images are not read yet."""
+        self, parts: Sequence[VisualPart], context: MediaContext = ALONE, caller: RequestContext = ANYONE
+    ) -> list[Visual]:
+        """What to encode for each part, in order. No image is decoded; bytes of managed ones are not read yet."""
         await self.deletions.listen()
         return [await self._resolve(part, context, caller) for part in await self._fetched(parts)]
 
@@ -200,11 +204,11 @@ class MediaLibrary:
         await self.deletions.poll()
         return len(keys)
 
-    async def _fetched(self, parts: Sequence[AnyImagePart]) -> list[ImagePart | MediaPart]:
+    async def _fetched(self, parts: Sequence[VisualPart]) -> list[FetchedPart]:
         """With the bytes that URLs name, fetched at the same time."""
         return await asyncio.gather(*map(self._fetch, parts))
 
-    async def _fetch(self, part: AnyImagePart) -> ImagePart | MediaPart:
+    async def _fetch(self, part: VisualPart) -> FetchedPart:
         if not isinstance(part, UrlPart):
             return part
         data = await self._fetcher.fetch(part.url, part.field)
@@ -212,9 +216,9 @@ class MediaLibrary:
             part.content_hash.check(data)
         return ImagePart(data, part.detail, part.field, part.alias)
 
-    async def _resolve(
-        self, part: ImagePart | MediaPart, context: MediaContext, caller: RequestContext
-    ) -> ImageRequest:
+    async def _resolve(self, part: FetchedPart, context: MediaContext, caller: RequestContext) -> Visual:
+        if isinstance(part, ClipPart):
+            return await self._clip(part, caller)
         if isinstance(part, MediaPart):
             record = await self._record(part, caller.tenant)
             return self._managed(record, part.detail, part.field, context, caller.deadline)
@@ -222,6 +226,16 @@ class MediaLibrary:
         if part.alias is not None:
             await self._bind(part, request, header)
         return request
+
+    async def _clip(self, part: ClipPart, caller: RequestContext) -> ClipRequest:
+        if self._clips is None:
+            raise InvalidRequestError(
+                "this model takes no clips: send frames as images",
+                param=part.field,
+                code="unsupported_content_part",
+            )
+        frames = await self._fetched(part.frames) if isinstance(part, FramesPart) else []
+        return await self._clips.resolve(part, [one.data for one in frames if isinstance(one, ImagePart)], caller)
 
     def _sent(
         self, source: bytes, detail: Detail, field: str, context: MediaContext, caller: RequestContext
@@ -236,7 +250,7 @@ class MediaLibrary:
         return ImageRequest(item, grid, field), header
 
     def _params_in(self, detail: Detail, context: MediaContext) -> MediaParams:
-        params = self._params[detail]
+        params = with_detail(self.params, detail)
         return dataclasses.replace(params, alone=context.alone, instruction=context.instruction)
 
     def _managed(
@@ -328,7 +342,7 @@ class MediaLibrary:
             self._answers.discard_image(deleted.mm_hash)
         # The shared tier may have what this replica does not.
         namespace = (await self._features.namespace()).of(deleted.tenant)
-        for params in (self.params, self._params["low"]):
+        for params in (self.params, with_detail(self.params, "low")):
             self._cache.discard(namespace.key(deleted.mm_hash, str(params)))
 
     def _pin_later(self, key: str) -> None:

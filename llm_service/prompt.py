@@ -15,23 +15,26 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from common.embedding import Grid
 from common.errors import InvalidRequestError
-from common.families import MropeRule, VisionItem, family_of, mrope_positions
+from common.families import MropeRule, family_of, mrope_positions
 from common.geometry import ImageGeometry, PatchGeometry
-from llm_service.chat import AnyImagePart, ChatMessage, Tool
+from llm_service.chat import ChatMessage, Tool, VisualPart
 from llm_service.engine.request import PlaceholderRange
+from llm_service.placeholders import ClipShape, PlaceholderExpander
 
 
 @dataclass(frozen=True, slots=True)
 class EngineInput:
     """`positions` is int64 `[3, len(token_ids)]`, with equal axes for a family without M-RoPE.
 
-    `placeholders` has for each image, in order, the ranges of its rows, in order: several where text parts its tiles.
+    `placeholders` has for each image, and for each temporal grid of a clip, in order, the ranges of its rows, in order:
+    several where text parts an image's tiles. `intervals` are the steps between temporal grids, 1 for images.
     """
 
     token_ids: list[int]
     positions: Tensor
     next_position: int
     placeholders: list[list[PlaceholderRange]]
+    intervals: list[float]
 
     @property
     def num_tokens_of_images(self) -> list[int]:
@@ -61,7 +64,7 @@ class PromptProcessor:
         self.family = family_of(config)
         self._chat_template = chat_template(directory, self.tokenizer, self.family.chat_template)
         self._beginning = beginning_of_text(self.tokenizer)
-        self._image_token_id = image_token_of(config)
+        self._expander = PlaceholderExpander(self.tokenizer, config, geometry)
         self.end_token_id: int = self.tokenizer.eos_token_id  # of a turn
         self._vocab_size: int = config.get_text_config().vocab_size
         self._geometry = geometry
@@ -69,10 +72,11 @@ class PromptProcessor:
         self._max_model_len = max_model_len
 
     def __call__(
-        self, messages: Sequence[ChatMessage], grids: Sequence[Grid], template: TemplateOptions = PLAIN
+        self, messages: Sequence[ChatMessage], shapes: Sequence[Grid | ClipShape], template: TemplateOptions = PLAIN
     ) -> EngineInput:
-        """`grids` has one entry for each image, in order. Raises InvalidRequestError for a prompt that is too long."""
-        return self.lay_out(self._render(messages, template), grids)
+        """`shapes` has the grid of each image and the shape of each clip, in order. Raises InvalidRequestError for a
+        prompt that is too long."""
+        return self.lay_out(self._render(messages, template), shapes)
 
     def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Plain text, in which control tokens are what they are."""
@@ -97,19 +101,26 @@ class PromptProcessor:
         self._check_ids(token_ids, param)
         return self.lay_out(token_ids)
 
-    def lay_out(self, template_ids: Sequence[int], grids: Sequence[Grid] = ()) -> EngineInput:
-        """Tokens in which each image is one placeholder still."""
-        token_ids, placeholders = self._expand(template_ids, grids)
-        if len(token_ids) >= self._max_model_len:
-            num_image_tokens = sum(placeholder.length for ranges in placeholders for placeholder in ranges)
+    def lay_out(self, template_ids: Sequence[int], shapes: Sequence[Grid | ClipShape] = ()) -> EngineInput:
+        """Tokens in which each image or clip is one placeholder still."""
+        found = self._expander(template_ids, shapes)
+        num_tokens = len(found.token_ids)
+        if num_tokens >= self._max_model_len:
+            num_image_tokens = sum(placeholder.length for ranges in found.placeholders for placeholder in ranges)
             raise InvalidRequestError(
-                f"the prompt has {len(token_ids)} tokens, {num_image_tokens} of them of images; "
+                f"the prompt has {num_tokens} tokens, {num_image_tokens} of them of images; "
                 f"prompt and answer must fit into {self._max_model_len} (engine.max_model_len)",
                 param="messages",
                 code="context_length_exceeded",
             )
-        positions, next_position = self._positions(token_ids, placeholders, grids)
-        return EngineInput(token_ids, positions, next_position, placeholders)
+        if self.family.uses_mrope:
+            assert isinstance(self._geometry, PatchGeometry)
+            positions, next_position = mrope_positions(
+                found.token_ids, found.items, merge_size=self._geometry.merge_size, rule=self._mrope_rule
+            )
+        else:
+            positions, next_position = torch.arange(num_tokens).expand(3, -1), num_tokens
+        return EngineInput(found.token_ids, positions, next_position, found.placeholders, found.intervals)
 
     def instruction(self, messages: Sequence[ChatMessage]) -> str:
         """The text that features depend on; empty for most families."""
@@ -151,43 +162,6 @@ class PromptProcessor:
         token_ids: list[int] = encoded["input_ids"]
         return token_ids if set(self._beginning) & set(token_ids) else self._beginning + token_ids
 
-    def _positions(
-        self, token_ids: list[int], placeholders: list[list[PlaceholderRange]], grids: Sequence[Grid]
-    ) -> tuple[Tensor, int]:
-        if not self.family.uses_mrope:
-            return torch.arange(len(token_ids)).expand(3, -1), len(token_ids)
-        assert isinstance(self._geometry, PatchGeometry)
-        items = [VisionItem(ranges[0].offset, grid) for ranges, grid in zip(placeholders, grids, strict=True)]
-        return mrope_positions(token_ids, items, merge_size=self._geometry.merge_size, rule=self._mrope_rule)
-
-    def _expand(
-        self, template_ids: Sequence[int], grids: Sequence[Grid]
-    ) -> tuple[list[int], list[list[PlaceholderRange]]]:
-        """Puts the layout that its size implies in the place of each image's one placeholder."""
-        num_markers = list(template_ids).count(self._image_token_id)
-        if num_markers != len(grids):
-            raise InvalidRequestError(
-                f"the chat template made {num_markers} image placeholders for {len(grids)} images", param="messages"
-            )
-        remaining = iter(grids)
-        token_ids: list[int] = []
-        placeholders = []
-        for token_id in template_ids:
-            if token_id != self._image_token_id:
-                token_ids.append(token_id)
-                continue
-            ranges = []
-            for piece in self._geometry.layout(next(remaining)):
-                if isinstance(piece, str):
-                    text_ids = self.tokenizer.encode(piece, add_special_tokens=False)
-                    is_shared = self.family.shares_boundary and token_ids[-1:] == text_ids
-                    token_ids += [] if is_shared else text_ids
-                else:
-                    ranges.append(PlaceholderRange(len(token_ids), piece))
-                    token_ids += [self._image_token_id] * piece
-            placeholders.append(ranges)
-        return token_ids, placeholders
-
 
 def chat_template(directory: Path, tokenizer: PreTrainedTokenizerBase, default: str | None) -> str:
     """The processor's template before the tokenizer's, which may know no images; raises ValueError without any."""
@@ -203,14 +177,6 @@ def chat_template(directory: Path, tokenizer: PreTrainedTokenizerBase, default: 
     return found
 
 
-def image_token_of(config: Any) -> int:
-    """Raises ValueError for a configuration from before placeholders were tokens of the text model."""
-    token_id, vocab_size = config.image_token_id, config.get_text_config().vocab_size
-    if not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
-        raise ValueError(f"config.json: the image token is {token_id}, none of the text model's {vocab_size}")
-    return token_id
-
-
 def beginning_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token that the tokenizer itself puts first, if it does; chat templates may leave it out."""
     is_added = tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
@@ -219,7 +185,7 @@ def beginning_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def space_text_after_images(message: ChatMessage) -> ChatMessage:
     """Equal to transformers' Idefics2 processor, which parts a word from the image before it."""
-    content: list[str | AnyImagePart] = []
+    content: list[str | VisualPart] = []
     for part in message.content:
         if isinstance(part, str) and content and not isinstance(content[-1], str):
             part = re.sub(r"^(?=[^\s<])", " ", part)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from llm_service.admission import ANYONE, RequestContext
-from llm_service.chat import AnyImagePart, ChatMessage, images_of
+from llm_service.chat import ChatMessage, VisualPart, visuals_of
 from llm_service.engine.request import Request, SamplingParams
 from llm_service.prompt import PLAIN
 from llm_service.server import GenerationOptions, ImageReceipt, LLMServer
@@ -20,7 +20,7 @@ from llm_service.server import GenerationOptions, ImageReceipt, LLMServer
 class Question:
     """`content` is asked after the input; `answers` are what the model may say."""
 
-    content: list[str | AnyImagePart]
+    content: list[str | VisualPart]
     answers: tuple[str, ...]
 
 
@@ -50,7 +50,7 @@ async def score(
         asked = _asked(messages, question)
         prepared.append(await server.prepare(asked, options, f"{request_id}-{index}", PLAIN, context))
     scores = Scores([[] for _ in questions])
-    input_images = len(images_of(messages))
+    input_images = len(visuals_of(messages))
     scores.receipts = prepared[0].receipts[:input_images]
     for one in prepared:
         scores.receipts += one.receipts[input_images:]
@@ -90,7 +90,7 @@ def _asked(messages: Sequence[ChatMessage], question: Question) -> list[ChatMess
     *earlier, last = messages
     if last.role != "user":
         return [*messages, ChatMessage("user", question.content)]
-    gap: list[str | AnyImagePart] = ["\n\n"] if isinstance(last.content[-1], str) else []
+    gap: list[str | VisualPart] = ["\n\n"] if isinstance(last.content[-1], str) else []
     return [*earlier, ChatMessage("user", [*last.content, *gap, *question.content])]
 
 

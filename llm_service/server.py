@@ -4,9 +4,10 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, cast, get_args
 
@@ -20,13 +21,15 @@ from common.checkpoint import LoadedHalf, checkpoint_directory, device_capabilit
 from common.config import CacheConfig, ModelConfig
 from common.embedding import Grid, VisionEmbedding
 from common.errors import InvalidRequestError, ModelNotFoundError, UnavailableError
-from common.families import MropeRule
+from common.families import MropeRule, clip_rule_of
+from common.geometry import PatchGeometry
 from common.identity import framed_digest, system_fingerprint
 from common.media import MediaParams
 from common.media_store import MediaStore, open_media_store
 from llm_service.admission import ANYONE, Admission, RequestContext
 from llm_service.answer_cache import Answer, AnswerCache, answer_key
-from llm_service.chat import ChatMessage, images_of
+from llm_service.chat import ChatMessage, visuals_of
+from llm_service.clips import ClipLibrary, ClipRequest, Visual, items_of
 from llm_service.config import ApiConfig, EngineConfig
 from llm_service.cost import CostModel
 from llm_service.detokenizer import IncrementalDetokenizer, TokenTexts
@@ -41,6 +44,7 @@ from llm_service.observation import observed
 from llm_service.prompt import PLAIN, EngineInput, PromptProcessor, TemplateOptions
 
 _MAX_CHARACTERS_ON_THE_LOOP = 20_000  # tokenizing more is left to a thread
+_SOURCES = ("answer", "local", "redis", "encoder")
 
 
 class Engine(Protocol):
@@ -113,10 +117,11 @@ class GenerationOptions:
 
 @dataclass(frozen=True, slots=True)
 class ImageReceipt:
-    """What one image of a request cost: its digest, tokens, where its embedding came from, and the wait.
+    """What one image or clip of a request cost: its digest, tokens, where its embedding came from, and the wait.
 
-    `source` is `local`, `redis`, `encoder`, or `answer` when the whole answer was known and no embedding was needed.
-    `encode_ms` is what encoding it took, be it now or long ago.
+    `source` is `local`, `redis`, `encoder`, or `answer` when the whole answer was known and no embedding was needed; of
+    a clip the slowest. `encode_ms` is what encoding it took, be it now or long ago. A clip has `grids`, of which
+    `cached_grids` were found.
     """
 
     id: str
@@ -125,6 +130,9 @@ class ImageReceipt:
     num_bytes: int = 0
     encode_ms: float = 0.0
     wait_ms: float = 0.0
+    frames: int = 0
+    grids: int = 0
+    cached_grids: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,12 +162,16 @@ class PreparedRequest:
 
     @property
     def num_image_tokens(self) -> int:
-        return sum(receipt.tokens for receipt in self.receipts)
+        return sum(receipt.tokens for receipt in self.receipts if not receipt.grids)
+
+    @property
+    def num_video_tokens(self) -> int:
+        return sum(receipt.tokens for receipt in self.receipts if receipt.grids)
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedImage:
-    """One image of a request that is not done: `source` is where its embedding would come from."""
+    """One image or clip of a request that is not done: `source` is where its embedding would come from."""
 
     id: str
     tokens: int
@@ -167,6 +179,8 @@ class PlannedImage:
     tiers: list[str]
     source: str
     predicted_ms: float | None
+    frames: int = 0
+    cached_grids: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +247,11 @@ class LLMServer:
         self._cache = cache
         self._answers = answers
         fetcher = ImageFetcher(api.fetch, model.limits.max_image_bytes)
-        self.media = MediaLibrary(store, self._features, cache, geometry, params, model.limits, fetcher, answers)
+        clips = None
+        if clip_rule_of(decoder.half.config) is not None:
+            assert isinstance(geometry, PatchGeometry)
+            clips = ClipLibrary(geometry, params, model.limits, model.max_frame_pixels)
+        self.media = MediaLibrary(store, self._features, cache, geometry, params, model.limits, fetcher, answers, clips)
         self.api = api
         self.admission = Admission(api.admission, api.keys)
         self.costs = CostModel()
@@ -251,9 +269,9 @@ class LLMServer:
     ) -> PreparedRequest:
         """Everything before generation. All limits are checked before any image is sent to be encoded."""
         async with context.limit():
-            images = await self.media.resolve(images_of(messages), self._media_context(messages), context)
-            prompt = await self._lay_out(messages, images, template)
-            return await self._prepare(prompt, images, options, request_id, context)
+            visuals = await self.media.resolve(visuals_of(messages), self._media_context(messages), context)
+            prompt = await self._lay_out(messages, visuals, template)
+            return await self._prepare(prompt, visuals, options, request_id, context)
 
     async def prepare_text(
         self, token_ids: Sequence[int], options: GenerationOptions, request_id: str, context: RequestContext = ANYONE
@@ -267,11 +285,11 @@ class LLMServer:
         messages: Sequence[ChatMessage],
         template: TemplateOptions = PLAIN,
         context: RequestContext = ANYONE,
-    ) -> tuple[EngineInput, list[ImageRequest]]:
-        """The prompt that the messages would be, and its images; nothing is encoded."""
+    ) -> tuple[EngineInput, list[Visual]]:
+        """The prompt that the messages would be, and its images and clips; nothing is encoded."""
         async with context.limit():
-            images = await self.media.resolve(images_of(messages), self._media_context(messages), context)
-            return await self._lay_out(messages, images, template), images
+            visuals = await self.media.resolve(visuals_of(messages), self._media_context(messages), context)
+            return await self._lay_out(messages, visuals, template), visuals
 
     async def plan(
         self,
@@ -281,17 +299,33 @@ class LLMServer:
         context: RequestContext = ANYONE,
     ) -> Plan:
         """Tokens, images and time to the first token, which no prefix in the KV cache makes shorter."""
-        prompt, images = await self.count(messages, template, context)
+        prompt, visuals = await self.count(messages, template, context)
         sampling_params = self._sampling_params(options, len(prompt.token_ids))
         assert sampling_params.max_tokens is not None
-        planned = [
-            await self._plan_image(image, num_tokens)
-            for image, num_tokens in zip(images, prompt.num_tokens_of_images, strict=True)
-        ]
+        tokens = iter(prompt.num_tokens_of_images)
+        planned = [await self._plan_visual(visual, tokens) for visual in visuals]
         times = [image.predicted_ms for image in planned] + [self.costs.predict("prefill", len(prompt.token_ids))]
         known = [time for time in times if time is not None]
         predicted_ms = sum(known) if len(known) == len(times) else None
         return Plan(len(prompt.token_ids), sampling_params.max_tokens, planned, predicted_ms)
+
+    async def _plan_visual(self, visual: Visual, tokens: Iterator[int]) -> PlannedImage:
+        """`tokens` of the items from this one on."""
+        if isinstance(visual, ImageRequest):
+            return await self._plan_image(visual, next(tokens))
+        grids = [await self._plan_image(grid, next(tokens)) for grid in visual.grids]
+        times = [grid.predicted_ms for grid in grids]
+        known = [time for time in times if time is not None]
+        return PlannedImage(
+            id=visual.id,
+            tokens=sum(grid.tokens for grid in grids),
+            grid_thw=visual.shape.grid_thw,
+            tiers=sorted(set.intersection(*(set(grid.tiers) for grid in grids))),
+            source=slowest([grid.source for grid in grids]),
+            predicted_ms=sum(known) if len(known) == len(times) else None,
+            frames=visual.num_frames,
+            cached_grids=sum(bool(grid.tiers) for grid in grids),
+        )
 
     async def _plan_image(self, image: ImageRequest, num_tokens: int) -> PlannedImage:
         tiers = await self.media.tiers(image)
@@ -311,22 +345,23 @@ class LLMServer:
         return strings
 
     async def _lay_out(
-        self, messages: Sequence[ChatMessage], images: Sequence[ImageRequest], template: TemplateOptions
+        self, messages: Sequence[ChatMessage], visuals: Sequence[Visual], template: TemplateOptions
     ) -> EngineInput:
-        grids = [image.grid_thw for image in images]
+        shapes = [visual.shape if isinstance(visual, ClipRequest) else visual.grid_thw for visual in visuals]
         num_characters = sum(len(part) for message in messages for part in message.content if isinstance(part, str))
         if num_characters <= _MAX_CHARACTERS_ON_THE_LOOP:
-            return self.prompt(messages, grids, template)
-        return await asyncio.to_thread(self.prompt, messages, grids, template)
+            return self.prompt(messages, shapes, template)
+        return await asyncio.to_thread(self.prompt, messages, shapes, template)
 
     async def _prepare(
         self,
         prompt: EngineInput,
-        images: Sequence[ImageRequest],
+        visuals: Sequence[Visual],
         options: GenerationOptions,
         request_id: str,
         context: RequestContext,
     ) -> PreparedRequest:
+        images = items_of(visuals)
         sampling_params = self._sampling_params(options, len(prompt.token_ids))
         grammar = await self._grammar(options.structured_output)
         context.hold("prompt_tokens", len(prompt.token_ids))
@@ -336,10 +371,11 @@ class LLMServer:
         if options.n == 1 and grammar is None and options.logprobs is None:
             key = await self._answer_key(fingerprint, prompt, images, sampling_params, options, salt)
         if (answer := await self._known_answer(key)) is not None:
-            receipts = [
+            known = [
                 ImageReceipt(image.item.mm_hash, num_tokens, "answer")
                 for image, num_tokens in zip(images, prompt.num_tokens_of_images, strict=True)
             ]
+            receipts = _receipts(visuals, known)
             request = _engine_request(request_id, prompt, sampling_params, [], salt)  # the engine never sees it
             return PreparedRequest(request, options, receipts, fingerprint, known_answer=answer, context=context)
         context.hold("vision_tokens", sum(prompt.num_tokens_of_images))
@@ -365,7 +401,7 @@ class LLMServer:
             request=request,
             forks=forks,
             options=options,
-            receipts=[_receipt(image, found) for image, found in zip(images, features, strict=True)],
+            receipts=_receipts(visuals, list(map(_receipt, images, features))),
             fingerprint=used_fingerprint,
             # an encoder with other weights may have answered
             answer_key=key if used_fingerprint == fingerprint else None,
@@ -373,7 +409,7 @@ class LLMServer:
         )
 
     def _media_context(self, messages: Sequence[ChatMessage]) -> MediaContext:
-        alone = not self.prompt.family.counts_images or len(images_of(messages)) <= 1
+        alone = not self.prompt.family.counts_images or len(visuals_of(messages)) <= 1
         return MediaContext(alone, self.prompt.instruction(messages))
 
     def generate(self, prepared: PreparedRequest) -> AsyncGenerator[RequestOutput, None]:
@@ -493,8 +529,13 @@ class LLMServer:
             sampling_params=sampling_params,
             stop=options.stop,
             salt=salt,
-            image_keys=[embedding_key(namespace, image.item) for image in images],
-            secrets=await self._answers.secrets([image.item.mm_hash for image in images]),
+            image_keys=[
+                f"{embedding_key(namespace, image.item)} {interval!r}"  # which positions follow from
+                for image, interval in zip(images, prompt.intervals, strict=True)
+            ],
+            secrets=await self._answers.secrets(  # only images can be deleted
+                [image.item.mm_hash for image in images if image.item.params.frames == 1]
+            ),
         )
 
     async def _known_answer(self, key: str | None) -> Answer | None:
@@ -604,12 +645,12 @@ def end_tokens(directory: Path, config: Any) -> frozenset[int]:
 def _mm_features(prompt: EngineInput, features: Sequence[ImageFeatures]) -> list[MultiModalFeature]:
     """One for each range of placeholders; an image whose tiles are parted by text has several."""
     parts = []
-    for found, ranges in zip(features, prompt.placeholders, strict=True):
+    for found, ranges, interval in zip(features, prompt.placeholders, prompt.intervals, strict=True):
         start = 0
         for position in ranges:
             rows = slice(start, start + position.length)
             key = found.key if len(ranges) == 1 else f"{found.key}#{start}"
-            parts.append(MultiModalFeature(key, position, _part_of(found.embedding, rows)))
+            parts.append(MultiModalFeature(key, position, _part_of(found.embedding, rows), interval))
             start = rows.stop
     return parts
 
@@ -643,6 +684,35 @@ def _engine_request(
 def _cache_salt(tenant: str, salt: str) -> str:
     """What keeps the KV blocks and answers of tenants apart, and of the salts that a tenant's requests name."""
     return framed_digest(tenant, salt) if tenant or salt else ""
+
+
+def _receipts(visuals: Sequence[Visual], receipts: Sequence[ImageReceipt]) -> list[ImageReceipt]:
+    """One for each image and clip, from those of all images and temporal grids."""
+    remaining = iter(receipts)
+    return [
+        _clip_receipt(visual, list(islice(remaining, len(visual.grids))))
+        if isinstance(visual, ClipRequest)
+        else next(remaining)
+        for visual in visuals
+    ]
+
+
+def _clip_receipt(clip: ClipRequest, grids: Sequence[ImageReceipt]) -> ImageReceipt:
+    return ImageReceipt(
+        id=clip.id,
+        tokens=sum(grid.tokens for grid in grids),
+        source=slowest([grid.source for grid in grids]),
+        num_bytes=sum(grid.num_bytes for grid in grids),
+        encode_ms=sum(grid.encode_ms for grid in grids),
+        wait_ms=max(grid.wait_ms for grid in grids),
+        frames=clip.num_frames,
+        grids=len(grids),
+        cached_grids=sum(grid.source != "encoder" for grid in grids),
+    )
+
+
+def slowest(sources: Sequence[str]) -> str:
+    return max(sources, key=_SOURCES.index)
 
 
 def _receipt(image: ImageRequest, found: ImageFeatures) -> ImageReceipt:

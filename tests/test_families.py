@@ -22,7 +22,7 @@ from encoder_service.config import EncoderConfig
 from encoder_service.encoder import rows_of_images
 from encoder_service.server import EncoderServer
 from llm_service.config import EngineConfig
-from llm_service.prompt import image_token_of
+from llm_service.placeholders import image_token_of
 from llm_service.server import LLMServer
 from tests.conftest import picture, write_tiny_checkpoint
 from tests.services import Services

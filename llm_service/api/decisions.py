@@ -19,7 +19,7 @@ from llm_service.api.door import context_of
 from llm_service.api.fields import CLIENT_FIELDS, ApiRequest, name_ignored
 from llm_service.api.generation import image_receipts
 from llm_service.api.items import parse_input, parse_part
-from llm_service.chat import AnyImagePart, checked, parse_content
+from llm_service.chat import VisualPart, checked, parse_content
 from llm_service.scoring import Question, score
 from llm_service.server import LLMServer
 
@@ -194,7 +194,7 @@ def _asked(question: Predicate | Choice | Score, field: str, limits: ImageLimits
         raise InvalidRequestError("two choices are the same", param=f"{field}.choices")
     if isinstance(question, Score) and len(set(answers)) < len(answers):
         raise InvalidRequestError("two levels are the same", param=f"{field}.levels")
-    content: list[str | AnyImagePart] = parse_content(
+    content: list[str | VisualPart] = parse_content(
         question.instructions, f"{field}.instructions", lambda part, where: parse_part(part, where, limits)
     )
     if not content:

@@ -158,7 +158,8 @@ class Generation:
                 "cached_tokens": self.num_cached_tokens,
                 "cache_write_tokens": self.num_cache_write_tokens,
                 "image_tokens": prepared.num_image_tokens,
-                "text_tokens": prepared.num_prompt_tokens - prepared.num_image_tokens,
+                "video_tokens": prepared.num_video_tokens,
+                "text_tokens": prepared.num_prompt_tokens - prepared.num_image_tokens - prepared.num_video_tokens,
             },
             "images": image_receipts(prepared.receipts),
         }
@@ -202,7 +203,7 @@ class Generation:
 
 
 def image_receipts(receipts: Sequence[ImageReceipt]) -> list[dict[str, Any]]:
-    """Of each image where its embedding came from, and what that cost."""
+    """Of each image and clip where its embedding came from, and what that cost."""
     return [
         {
             "id": image.id,
@@ -211,9 +212,16 @@ def image_receipts(receipts: Sequence[ImageReceipt]) -> list[dict[str, Any]]:
             "bytes": image.num_bytes,
             "encode_ms": round(image.encode_ms, 3),
             "wait_ms": round(image.wait_ms, 3),
+            **_clip_fields(image),
         }
         for image in receipts
     ]
+
+
+def _clip_fields(image: ImageReceipt) -> dict[str, int]:
+    if not image.grids:
+        return {}
+    return {"frames": image.frames, "grids": image.grids, "cached_grids": image.cached_grids}
 
 
 async def respond(

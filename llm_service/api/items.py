@@ -6,10 +6,20 @@ from typing import Any
 
 from common.config import ImageLimits
 from common.errors import InvalidRequestError
-from llm_service.chat import ROLES, ChatMessage, ToolCall, parse_arguments, parse_content, parse_text, unsupported_part
-from llm_service.image_parts import AnyImagePart, image_of_url, parse_detail, parse_reference
+from llm_service.chat import (
+    ROLES,
+    ChatMessage,
+    ToolCall,
+    VisualPart,
+    parse_arguments,
+    parse_content,
+    parse_text,
+    unsupported_part,
+)
+from llm_service.image_parts import image_of_url, parse_detail, parse_reference
+from llm_service.video_parts import parse_video_part
 
-_PARTS = ("input_text", "output_text", "refusal", "input_image", "input_json", "image_ref")
+_PARTS = ("input_text", "output_text", "refusal", "input_image", "input_json", "image_ref", "video_url", "video")
 
 
 def parse_input(source: str | Sequence[Mapping[str, Any]], limits: ImageLimits) -> list[ChatMessage]:
@@ -26,7 +36,7 @@ def parse_input(source: str | Sequence[Mapping[str, Any]], limits: ImageLimits) 
     return messages
 
 
-def parse_part(part: Mapping[str, Any], field: str, limits: ImageLimits) -> str | AnyImagePart:
+def parse_part(part: Mapping[str, Any], field: str, limits: ImageLimits) -> str | VisualPart:
     match part.get("type"):
         case "input_text" | "output_text" | "text":
             return parse_text(part, field)
@@ -43,6 +53,8 @@ def parse_part(part: Mapping[str, Any], field: str, limits: ImageLimits) -> str 
             return json.dumps(part.get("json", part.get("data")), ensure_ascii=False)
         case "image_ref":
             return parse_reference(part, field)
+        case "video_url" | "video":
+            return parse_video_part(part, field, limits)
         case other:
             raise unsupported_part(other, field, _PARTS)
 
@@ -69,7 +81,7 @@ def _parse_item(item: Mapping[str, Any], field: str, limits: ImageLimits) -> Cha
             )
 
 
-def _parse_parts(content: object, field: str, limits: ImageLimits) -> list[str | AnyImagePart]:
+def _parse_parts(content: object, field: str, limits: ImageLimits) -> list[str | VisualPart]:
     return parse_content(content, field, lambda part, where: parse_part(part, where, limits))
 
 

@@ -20,6 +20,7 @@ from llm_service.chat import (
     ChatMessage,
     Tool,
     ToolCall,
+    VisualPart,
     checked,
     checked_tools,
     parse_content,
@@ -266,7 +267,7 @@ def _user_messages(content: object, field: str, limits: ImageLimits) -> list[Cha
     """Results of tools are messages of their own for chat templates."""
     found: list[ChatMessage] = []
 
-    def parse(block: Mapping[str, Any], where: str) -> str | AnyImagePart:
+    def parse(block: Mapping[str, Any], where: str) -> str | VisualPart:
         if block.get("type") == "tool_result":
             result = block.get("content")
             parts = [] if result is None else parse_content(result, f"{where}.content", parse_plain)
@@ -274,7 +275,7 @@ def _user_messages(content: object, field: str, limits: ImageLimits) -> list[Cha
             return ""
         return parse_plain(block, where)
 
-    def parse_plain(block: Mapping[str, Any], where: str) -> str | AnyImagePart:
+    def parse_plain(block: Mapping[str, Any], where: str) -> str | VisualPart:
         return _parse_image(block, where, limits) if block.get("type") == "image" else _parse_text_block(block, where)
 
     parts = [part for part in parse_content(content, field, parse) if part != ""]

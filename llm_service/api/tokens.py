@@ -66,16 +66,19 @@ def create_router(server: LLMServer) -> APIRouter:
                 "tiers": image.tiers,
                 "source": image.source,
                 "predicted_ms": _rounded(image.predicted_ms),
+                **({"frames": image.frames, "cached_grids": image.cached_grids} if image.frames else {}),
             }
             for image in found.images
         ]
-        num_image_tokens = sum(image.tokens for image in found.images)
+        num_image_tokens = sum(image.tokens for image in found.images if not image.frames)
+        num_video_tokens = sum(image.tokens for image in found.images if image.frames)
         return {
             "object": "plan",
             "model": body.model,
             "prompt_tokens": found.num_prompt_tokens,
             "image_tokens": num_image_tokens,
-            "text_tokens": found.num_prompt_tokens - num_image_tokens,
+            "video_tokens": num_video_tokens,
+            "text_tokens": found.num_prompt_tokens - num_image_tokens - num_video_tokens,
             "max_tokens": found.max_tokens,
             "images": images,
             "predicted_time_to_first_token_ms": _rounded(found.predicted_ms),

@@ -1,0 +1,197 @@
+"""Clips -> their temporal grids: two frames each, which are encoded, cached and found again for themselves.
+
+Frames that are images are hashed as sent and decoded by the encoder service. A file has to be decoded here, because the
+frames are what its grids are known by: by a process of its own for each file, a few at once.
+"""
+
+import asyncio
+import json
+import logging
+import struct
+import subprocess
+import sys
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from common.config import ImageLimits
+from common.errors import InvalidRequestError
+from common.frames import FRAMES_PER_GRID, pack_files, pack_pixels
+from common.geometry import PatchGeometry
+from common.identity import framed_digest, mm_hash
+from common.media import MediaItem, MediaParams, check_same_size, frame_size
+from llm_service.admission import RequestContext
+from llm_service.features import ImageRequest
+from llm_service.image_parts import with_detail
+from llm_service.placeholders import ClipShape
+from llm_service.video_parts import ClipPart, FramesPart, Sampling
+
+logger = logging.getLogger(__name__)
+
+MAX_FRAME_TOKENS = 768  # VIDEO_MAX_TOKEN_NUM of Qwen's own vision utilities
+
+_DECODER = Path(__file__).with_name("clip_decoder.py")
+_LENGTH = struct.Struct("<I")
+
+
+@dataclass(frozen=True, slots=True)
+class FramePair:
+    """The two frames of a temporal grid, packed, with their `mm_hash`; `timestamp` is the middle between them, in s."""
+
+    data: bytes
+    mm_hash: str
+    timestamp: float
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """`height` and `width` of its frames in pixels, `fps` of those that were taken."""
+
+    pairs: Sequence[FramePair]
+    height: int
+    width: int
+    num_frames: int
+    fps: float
+
+
+@dataclass(frozen=True, slots=True)
+class ClipRequest:
+    """A clip whose frames are known: what to encode, one item for each temporal grid, and what its positions follow
+    from."""
+
+    grids: Sequence[ImageRequest]
+    num_frames: int
+    shape: ClipShape
+
+    @property
+    def id(self) -> str:
+        """Of what it shows, whatever its speed."""
+        return framed_digest(*(grid.item.mm_hash for grid in self.grids))
+
+
+Visual = ImageRequest | ClipRequest
+
+
+def items_of(visuals: Sequence[Visual]) -> list[ImageRequest]:
+    """Everything that is encoded, in order."""
+    return [item for visual in visuals for item in (visual.grids if isinstance(visual, ClipRequest) else [visual])]
+
+
+class ClipLibrary:
+    """Resolves the clips of requests, outside the event loop. What one part holds is read once, however many questions
+    are about it."""
+
+    def __init__(
+        self, geometry: PatchGeometry, params: MediaParams, limits: ImageLimits, max_pixels: int | None
+    ) -> None:
+        """`params` are those of an image. `max_pixels` of a frame: the budget never depends on a clip's length, so that
+        features do not."""
+        max_pixels = max_pixels or min(
+            params.max_pixels, MAX_FRAME_TOKENS * (geometry.patch_size * geometry.merge_size) ** 2
+        )
+        min_pixels = min(params.min_pixels, max_pixels)
+        self._geometry = geometry
+        self._params = MediaParams(min_pixels, max_pixels, frames=FRAMES_PER_GRID)
+        self._limits = limits
+        self._pool = ThreadPoolExecutor(limits.video.decode_processes, thread_name_prefix="clips")
+        self._read: weakref.WeakKeyDictionary[ClipPart, Clip] = weakref.WeakKeyDictionary()
+
+    async def resolve(self, part: ClipPart, images: Sequence[bytes], caller: RequestContext) -> ClipRequest:
+        """`images` are the frames of a FramesPart. Raises InvalidRequestError, and UnavailableError where too much is
+        held already."""
+        params = with_detail(self._params, part.detail)
+        try:
+            clip = await self._clip(part, images, caller)
+            grid = params.grid(self._geometry, clip.height, clip.width)
+        except InvalidRequestError as exc:
+            raise type(exc)(exc.message, param=part.field, code=exc.code) from exc
+        items = [MediaItem(pair.data, pair.mm_hash, params, caller.tenant, caller.deadline) for pair in clip.pairs]
+        shape = ClipShape(
+            grid_thw=(len(items), *grid[1:]),
+            seconds_per_grid=FRAMES_PER_GRID / clip.fps,
+            timestamps=tuple(pair.timestamp for pair in clip.pairs),
+        )
+        return ClipRequest([ImageRequest(item, grid, part.field) for item in items], clip.num_frames, shape)
+
+    async def _clip(self, part: ClipPart, images: Sequence[bytes], caller: RequestContext) -> Clip:
+        clip = self._read.get(part)
+        if clip is None:
+            read = partial(clip_of_images, images) if isinstance(part, FramesPart) else partial(clip_of_file, part.data)
+            clip = await asyncio.get_running_loop().run_in_executor(self._pool, read, part.sampling, self._limits)
+            caller.hold("bytes", sum(len(pair.data) for pair in clip.pairs))
+            self._read[part] = clip
+        return clip
+
+
+def clip_of_images(images: Sequence[bytes], sampling: Sampling, limits: ImageLimits) -> Clip:
+    """Nothing is decoded."""
+    number = min(sampling.num_frames or sampling.max_frames or len(images), len(images))
+    indices = [index * len(images) // number for index in range(number)]
+    fps = sampling.fps * number / len(images)
+    size = frame_size(images[0], limits)
+    for index in indices:
+        check_same_size(size, frame_size(images[index], limits))
+    times = [index / sampling.fps for index in indices]
+    pairs = [
+        (pack_files(images[indices[one]], images[indices[other]]), times[one], times[other])
+        for one, other in _pairs(number)
+    ]
+    return Clip([_pair(*pair) for pair in pairs], *size, number, fps)
+
+
+def clip_of_file(data: bytes, sampling: Sampling, limits: ImageLimits) -> Clip:
+    """Decodes a file in a process of its own."""
+    video = limits.video
+    asked = {
+        "sampling": {"fps": sampling.fps, "num_frames": sampling.num_frames, "max_frames": sampling.max_frames},
+        "limits": video.model_dump() | {"max_frame_pixels": limits.max_image_pixels},
+    }
+    try:
+        # -P: the script's folder is not searched for modules
+        done = subprocess.run(
+            [sys.executable, "-P", _DECODER, json.dumps(asked)],
+            input=data,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=video.decode_timeout_s,
+        )
+    except subprocess.TimeoutExpired as exc:
+        raise InvalidRequestError(
+            f"decoding the clip takes more than {video.decode_timeout_s:g} s (limits.video.decode_timeout_s)",
+            code="video_too_large",
+        ) from exc
+    if done.returncode < 0:
+        logger.warning("the decoder of a clip ended by signal %d", -done.returncode)
+        raise InvalidRequestError("the clip cannot be decoded", code="invalid_video")
+    if done.returncode:
+        raise RuntimeError(f"the decoder of clips ended with status {done.returncode}")
+    return _clip_of_output(done.stdout)
+
+
+def _clip_of_output(output: bytes) -> Clip:
+    (length,) = _LENGTH.unpack(output[-_LENGTH.size :])
+    end = len(output) - _LENGTH.size - length
+    found = json.loads(output[end : -_LENGTH.size])
+    if "error" in found:
+        raise InvalidRequestError(found["error"], code=found["code"])
+    height, width, times = found["height"], found["width"], found["times"]
+    pixels = memoryview(output)[:end]
+    frame_bytes = height * width * 3
+    frames = [pixels[index * frame_bytes : (index + 1) * frame_bytes] for index in range(len(times))]
+    pairs = [
+        (pack_pixels(frames[one], frames[other], height=height, width=width), times[one], times[other])
+        for one, other in _pairs(len(times))
+    ]
+    return Clip([_pair(*pair) for pair in pairs], height, width, len(times), found["fps"])
+
+
+def _pair(data: bytes, first: float, second: float) -> FramePair:
+    return FramePair(data, mm_hash(data), (first + second) / 2)
+
+
+def _pairs(num_frames: int) -> list[tuple[int, int]]:
+    """The frames of each grid. An odd clip repeats its last one, as Qwen's video processors do."""
+    return [(index, min(index + 1, num_frames - 1)) for index in range(0, num_frames, FRAMES_PER_GRID)]
