@@ -23,7 +23,7 @@ class VideoLimits(Config):
     max_seconds: float = Field(600.0, gt=0, description="duration of a clip")
     max_bytes: int = Field(20 * MIB, ge=1, description="bytes of a clip in one file")
     max_decoded_frames: int = Field(20_000, ge=1, description="frames in the file, most of which are not sampled")
-    max_decoded_pixels: int = Field(4 * 10**9, ge=1, description="pixels of these frames together")
+    max_decoded_pixels: int = Field(2 * 10**9, ge=1, description="pixels of these frames together")
     max_sampled_pixels: int = Field(128 * 10**6, ge=1, description="pixels of the sampled ones, held at 3 bytes each")
     decode_timeout_s: float = Field(30.0, gt=0, description="for the file, waiting not counted")
     decode_processes: int = Field(2, ge=1, description="files that an LLM replica decodes at once")

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
+from itertools import accumulate
 from typing import Any, BinaryIO, Protocol
 
 import av
@@ -26,7 +27,8 @@ from PIL import Image
 CODECS = ("h264", "hevc", "av1", "vp8", "vp9", "ffv1")
 FORMATS = "MP4, WebM, animated GIF or WebP"
 
-_MAX_ADDRESS_SPACE = 3 * 1024**3
+_DAMAGED = "the clip is truncated or damaged"
+_MAX_ADDRESS_SPACE = 2 * 1024**3
 _GIF_FRAME_MS = 100  # what browsers make of frames without a duration
 _UPRIGHT = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 
@@ -85,17 +87,21 @@ class Container:
     def schedule(self) -> Schedule:
         with self._open() as container:
             stream = self._stream(container)
-            packets = []
+            packets, num_packets = [], 0
             for packet in container.demux(stream):
                 time = packet.pts if packet.pts is not None else packet.dts
-                if time is None or packet.is_discard:
+                if time is None:  # the last one, which only says that there are no more
                     continue
                 if packet.is_corrupt:
-                    raise Refused("the clip is truncated or damaged")
-                packets.append((time, packet.duration or 0))
-                check("frames", len(packets), self._limits, "max_decoded_frames")
-            if not packets or len(packets) < stream.frames:
-                raise Refused("the clip is truncated or damaged" if stream.frames else "the clip has no frames")
+                    raise Refused(_DAMAGED)
+                num_packets += 1
+                check_number(num_packets, self._limits)
+                if not packet.is_discard:  # cut away by an edit list
+                    packets.append((time, packet.duration or 0))
+            if num_packets < stream.frames:
+                raise Refused(_DAMAGED)
+            if not packets:
+                raise Refused("the clip has no frames")
             packets.sort()
             tick = stream.time_base
             self._start = packets[0][0] * tick
@@ -110,7 +116,7 @@ class Container:
             stream = self._stream(container)
             for frame in container.decode(stream):
                 if frame.is_corrupt or frame.pts is None:
-                    raise Refused("the clip is truncated or damaged")
+                    raise Refused(_DAMAGED)
                 yield frame.pts * stream.time_base - self._start, partial(upright, frame)
 
     def _open(self) -> Any:
@@ -133,19 +139,21 @@ class Animation:
         self.size = self._open().size
 
     def schedule(self) -> Schedule:
-        times, end = [], Fraction(0)
-        for image in self._images():
-            times.append(end)
-            check("frames", len(times), self._limits, "max_decoded_frames")
-            check_pixels(self.size, len(times), self._limits, "max_decoded_pixels")
-            end += Fraction(int(image.info.get("duration") or _GIF_FRAME_MS), 1000)
+        num_frames: int = getattr(self._open(), "n_frames", 1)  # what finds it out decodes nothing
+        check_number(num_frames, self._limits)
+        check_pixels(self.size, num_frames, self._limits, "max_decoded_pixels")
+        durations = [self._seconds(image) for image in self._images()]
+        *times, end = accumulate(durations, initial=Fraction(0))
         return Schedule(times, end, Fraction(1, 1000))
 
     def frames(self) -> Iterator[tuple[Fraction, Draw]]:
         time = Fraction(0)
         for image in self._images():
             yield time, partial(on_white, image.copy())
-            time += Fraction(int(image.info.get("duration") or _GIF_FRAME_MS), 1000)
+            time += self._seconds(image)
+
+    def _seconds(self, image: Image.Image) -> Fraction:
+        return Fraction(int(image.info.get("duration") or _GIF_FRAME_MS), 1000)
 
     def _open(self) -> Image.Image:
         return Image.open(io.BytesIO(self._data), formats=("GIF", "WEBP"))
@@ -153,7 +161,6 @@ class Animation:
     def _images(self) -> Iterator[Image.Image]:
         """The one object, at one frame after another."""
         image = self._open()
-        check_frame(image.size, self._limits)
         while True:
             image.load()  # durations of WebP are known then
             yield image
@@ -223,11 +230,12 @@ def shown_at(times: Sequence[Fraction], source: Source, tick: Fraction) -> Itera
         yield shown
 
 
-def check(what: str, number: int, limits: dict[str, Any], name: str) -> None:
-    if number > limits[name]:
+def check_number(num_frames: int, limits: dict[str, Any]) -> None:
+    if num_frames > limits["max_decoded_frames"]:
         raise Refused(
-            f"the clip has more than {limits[name]} {what} (limits.video.{name})",
-            "video_too_long" if what == "frames" else "video_too_large",
+            f"the clip has {num_frames} frames or more, the limit is {limits['max_decoded_frames']} "
+            "(limits.video.max_decoded_frames)",
+            "video_too_long",
         )
 
 
@@ -266,8 +274,7 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def decode(data: bytes, sampling: dict[str, Any], limits: dict[str, Any], out: BinaryIO) -> dict[str, Any]:
-    """Writes the frames and returns what there is to say of them. All limits are checked before a frame is decoded,
-    but those of animations, whose frames come one by one."""
+    """Writes the frames and returns what there is to say of them. All limits are checked before a frame is decoded."""
     source = open_source(data, limits)
     check_frame(source.size, limits)
     schedule = source.schedule()
@@ -306,7 +313,7 @@ def main() -> None:
     except MemoryError:
         found = {"error": "the clip needs too much memory to be decoded", "code": "video_too_large"}
     except Exception:  # decoders raise anything, and their text is not passed on
-        found = {"error": "the clip is truncated or damaged", "code": "invalid_video"}
+        found = {"error": _DAMAGED, "code": "invalid_video"}
     trailer = json.dumps(found).encode()
     out.write(trailer + struct.pack("<I", len(trailer)))
 

@@ -71,10 +71,11 @@ def parse_video_part(part: Mapping[str, Any], field: str, limits: ImageLimits) -
     kind = str(part["type"])
     video = part.get(kind)
     where = f"{field}.{kind}"
-    if kind == "video_url" and isinstance(video, Mapping):
-        video, where = video.get("url"), f"{where}.url"
-    if isinstance(video, str):
-        return _clip_of_url(video, sampling, detail, where, limits)
+    url = video
+    if kind == "video_url":
+        url = video.get("url") if isinstance(video, Mapping) else None
+    if isinstance(url, str):
+        return _clip_of_url(url, sampling, detail, where + ".url" * (kind == "video_url"), limits)
     if kind == "video" and isinstance(video, list):
         _check_number(len(video), where, limits.video)
         urls = [(url, f"{where}[{index}]") for index, url in enumerate(video)]

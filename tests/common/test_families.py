@@ -1,6 +1,7 @@
 """Token counts and positions from sizes alone are transformers' own."""
 
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel, Qwen2VLConfig, Qwen2
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from common.errors import InvalidRequestError
-from common.families import VisionItem, family_of, mrope_positions
+from common.families import VisionItem, clip_interval, family_of, mrope_positions
 from common.geometry import PatchGeometry, num_image_tokens, smart_resize_grid
 
 IMAGE, VIDEO, VISION_START, VISION_END = 300, 301, 302, 303
@@ -65,9 +66,21 @@ def test_positions_are_those_of_get_rope_index(model_class: type, config_class: 
     )  # fmt: skip
     rng = random.Random(0)
     for _ in range(100):
-        # Clips of Qwen2.5-VL have an interval of their own, those of Qwen3-VL text between their grids.
-        ids, items, kinds = random_prompt(rng, with_clips=model_class is Qwen2VLModel)
+        # Clips of Qwen3-VL have text between their grids.
+        ids, items, kinds = random_prompt(rng, with_clips=model_class is not Qwen3VLModel)
         tokens = torch.tensor([ids])
+        seconds = {}
+        if model_class is Qwen2_5_VLModel:
+            per_grid = [2 / rng.choice([0.5, 1, 2.997, 3, 23.976, 29.97, rng.uniform(0.1, 60)]) for _ in items]
+            items = [
+                replace(item, interval=clip_interval(model.config, spg)) if kind == VIDEO else item
+                for item, kind, spg in zip(items, kinds, per_grid, strict=True)
+            ]
+            seconds = {
+                "second_per_grid_ts": torch.tensor(
+                    [spg for spg, of in zip(per_grid, kinds, strict=True) if of == VIDEO]
+                )
+            }
         grids = {
             kind: torch.tensor([item.grid_thw for item, of in zip(items, kinds, strict=True) if of == kind])
             for kind in set(kinds)
@@ -78,6 +91,7 @@ def test_positions_are_those_of_get_rope_index(model_class: type, config_class: 
             grids.get(IMAGE),
             grids.get(VIDEO),
             attention_mask=torch.ones_like(tokens),
+            **seconds,
         )
         positions, next_position = mrope_positions(ids, items, merge_size=2, rule="hf5")
         assert torch.equal(positions, expected[:, 0])
