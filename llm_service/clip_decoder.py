@@ -98,7 +98,7 @@ class Container:
                 check_number(num_packets, self._limits)
                 if not packet.is_discard:  # cut away by an edit list
                     packets.append((time, packet.duration or 0))
-            if num_packets < stream.frames:
+            if self._format == "mp4" and num_packets < len(stream.index_entries):  # less than an edit list has left
                 raise Refused(_DAMAGED)
             if not packets:
                 raise Refused("the clip has no frames")

@@ -228,6 +228,11 @@ def test_file_that_is_to_be_displayed_turned_is_turned() -> None:
     assert [turned.getpixel(place) for place in ((60, 4), (4, 4), (60, 90))] == [(255,) * 3, (0,) * 3, (0,) * 3]
 
 
+def test_what_an_edit_list_cuts_away_is_not_missed() -> None:
+    longer_first_frame = in_header(MP4, b"stts", 12, 4000)  # so that the list ends before the second one
+    assert clip_of_file(longer_first_frame, Sampling(fps=30.0), ImageLimits()).num_frames == 1
+
+
 def test_count_is_spread_from_the_first_frame_on() -> None:
     shown = frames(12)
     data = video(shown, **LOSSLESS)

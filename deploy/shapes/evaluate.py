@@ -207,14 +207,19 @@ def as_video(patches: Tensor, grids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def through_file(scene: Scene) -> Image.Image:
-    """The picture after it was written as JPEG (quality 90 to 95) or PNG and read back."""
+    """The picture after it was written and read back."""
+    return Image.open(io.BytesIO(file_of(scene))).convert("RGB")
+
+
+def file_of(scene: Scene) -> bytes:
+    """The picture as JPEG (quality 90 to 95) or PNG."""
     rng = Random(scene.seed)
     buffer = io.BytesIO()
     if rng.random() < 0.5:
         render(scene).save(buffer, "JPEG", quality=rng.randint(90, 95))
     else:
         render(scene).save(buffer, "PNG")
-    return Image.open(buffer).convert("RGB")
+    return buffer.getvalue()
 
 
 # Asking
