@@ -116,18 +116,38 @@ def demo(
 @app.command()
 def ask(
     images_and_question: Annotated[list[str], typer.Argument(metavar="IMAGE... QUESTION")],
+    video: Annotated[
+        list[Path] | None,
+        typer.Option(help="A clip: MP4, WebM, GIF, WebP, or a folder of its frames. May be repeated."),
+    ] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames taken in a second of a clip; of a folder, how many there were.")
+    ] = None,
+    num_frames: Annotated[int | None, typer.Option(min=1, help="Frames taken of a clip, evenly spread.")] = None,
     url: Url = URL,
     api_key: ApiKey = None,
     max_tokens: Annotated[int | None, typer.Option(min=1)] = None,
 ) -> None:
-    """Ask about pictures; the answer streams in. Without a picture the question stands alone."""
+    """Ask about pictures and clips; the answer streams in. Without any the question stands alone."""
     from deploy import client
 
     *images, question = images_and_question
+    videos = video or []
+    sampling = {name: value for name, value in {"fps": fps, "num_frames": num_frames}.items() if value is not None}
     with client.Client(url, api_key) as service:
-        answer = service.ask([Path(image) for image in images], question, print_text=True, max_tokens=max_tokens)
-    for image, receipt in zip(images, answer.images, strict=True):
-        print(f"  {image}: {receipt['tokens']} tokens from {receipt['source']} in {receipt['wait_ms']:.1f} ms")
+        answer = service.ask(
+            [Path(image) for image in images],
+            question,
+            videos=videos,
+            sampling=sampling,
+            print_text=True,
+            max_tokens=max_tokens,
+        )
+    for file, receipt in zip([*images, *videos], answer.images, strict=True):
+        print(f"  {file}: {receipt['tokens']} tokens from {receipt['source']} in {receipt['wait_ms']:.1f} ms")
+        if "grids" in receipt:
+            cached, grids = receipt["cached_grids"], receipt["grids"]
+            print(f"    {receipt['frames']} frames, {cached} of {grids} pairs of frames from the cache")
     print(f"  {answer.num_tokens} tokens in {answer.seconds * 1000:.0f} ms")
 
 

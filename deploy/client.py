@@ -4,7 +4,7 @@ import base64
 import json
 import mimetypes
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -12,6 +12,7 @@ from typing import Any, Self
 import httpx2
 
 TIMEOUT_S = 600.0
+NO_SAMPLING: Mapping[str, float | int] = {}
 
 
 class ClientError(RuntimeError):
@@ -70,12 +71,15 @@ class Client:
         images: Sequence[Path | bytes],
         question: str,
         *,
+        videos: Sequence[Path] = (),
+        sampling: Mapping[str, float | int] = NO_SAMPLING,
         max_tokens: int | None = None,
         temperature: float | None = None,
         print_text: bool = False,
     ) -> Answer:
-        """Streams the answer to one question. Raises as `chat` does."""
-        message = user_message(images, question)
+        """Streams the answer to one question. A video is a file or a folder of frames, in the order of their names;
+        `sampling` may have `fps`, `num_frames` and `max_frames`. Raises as `chat` does."""
+        message = user_message(images, question, [_video_part(video, sampling) for video in videos])
         return self.chat([message], max_tokens=max_tokens, temperature=temperature, print_text=print_text)
 
     def chat(
@@ -114,9 +118,9 @@ class Client:
         return answer
 
 
-def user_message(images: Sequence[Path | bytes], text: str) -> dict[str, Any]:
+def user_message(images: Sequence[Path | bytes], text: str, videos: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
     """Raises ClientError if a file cannot be read."""
-    return {"role": "user", "content": [*map(_image_part, images), {"type": "text", "text": text}]}
+    return {"role": "user", "content": [*map(_image_part, images), *videos, {"type": "text", "text": text}]}
 
 
 def _add(answer: Answer, chunk: dict[str, Any], print_text: bool) -> None:
@@ -135,16 +139,27 @@ def _add(answer: Answer, chunk: dict[str, Any], print_text: bool) -> None:
 
 
 def _image_part(image: Path | bytes) -> dict[str, Any]:
-    if isinstance(image, Path):
+    return {"type": "image_url", "image_url": {"url": _data_url(image, "image/png")}}
+
+
+def _video_part(video: Path, sampling: Mapping[str, float | int]) -> dict[str, Any]:
+    if video.is_dir():
+        frames = [_data_url(frame, "image/png") for frame in sorted(video.iterdir()) if frame.is_file()]
+        return {"type": "video", "video": frames, **sampling}
+    return {"type": "video_url", "video_url": {"url": _data_url(video, "video/mp4")}, **sampling}
+
+
+def _data_url(file: Path | bytes, default: str) -> str:
+    """`default` is the type of what has no name that says one."""
+    if isinstance(file, Path):
         try:
-            data = image.read_bytes()
+            data = file.read_bytes()
         except OSError as exc:
-            raise ClientError(f"{image}: {exc.strerror}") from exc
-        media_type = mimetypes.guess_type(image.name)[0] or "image/png"
+            raise ClientError(f"{file}: {exc.strerror}") from exc
+        media_type = mimetypes.guess_type(file.name)[0] or default
     else:
-        data, media_type = image, "image/png"
-    url = f"data:{media_type};base64,{base64.b64encode(data).decode()}"
-    return {"type": "image_url", "image_url": {"url": url}}
+        data, media_type = file, default
+    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
 
 
 def _message(body: bytes) -> str:

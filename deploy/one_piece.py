@@ -50,6 +50,7 @@ def one_piece_server(
         half=dataclasses.replace(whole, digest=weights_digest(whole.model, "language")),
         max_model_len=min(engine.max_model_len, whole.config.get_text_config().max_position_embeddings),
         vocab_size=whole.config.get_text_config().vocab_size,
+        takes_clips=False,  # `generate()` would find their positions by a rule of its own
     )
     store = open_media_store(cache)
     return LLMServer(model, engine, _no_cache(), encoder, media_store=store, decoder=decoder, api=api)

@@ -75,6 +75,7 @@ class Decoder:
     half: LoadedHalf
     max_model_len: int
     vocab_size: int
+    takes_clips: bool = True
 
 
 def split_decoder(model: ModelConfig, config: EngineConfig) -> Decoder:
@@ -248,7 +249,7 @@ class LLMServer:
         self._answers = answers
         fetcher = ImageFetcher(api.fetch, model.limits.max_image_bytes)
         clips = None
-        if clip_rule_of(decoder.half.config) is not None:
+        if decoder.takes_clips and clip_rule_of(decoder.half.config) is not None:
             assert isinstance(geometry, PatchGeometry)
             clips = ClipLibrary(geometry, params, model.limits, model.max_frame_pixels)
         self.media = MediaLibrary(store, self._features, cache, geometry, params, model.limits, fetcher, answers, clips)

@@ -16,6 +16,7 @@ import pytest
 
 from deploy import service
 from deploy.client import Client
+from tests.clips import LOSSLESS, frames, video
 from tests.conftest import picture
 
 pytestmark = [
@@ -62,6 +63,17 @@ def test_second_question_about_a_picture_is_served_from_the_cache(client: Client
 def test_two_new_pictures_of_one_request_are_both_encoded(client: Client) -> None:
     answer = client.ask([picture(90, 90, seed) for seed in (2, 3, 4, 5)], "Which?", max_tokens=4)
     assert [image["source"] for image in answer.images] == ["encoder"] * 4
+
+
+def test_clip_that_grows_by_two_frames_encodes_one_grid(client: Client, tmp_path: Path) -> None:
+    shown = frames(62, first=5000)
+    for number in (60, 62):
+        (tmp_path / f"{number}.mp4").write_bytes(video(shown[:number], **LOSSLESS))
+    receipts = [
+        client.ask([], "What?", videos=[tmp_path / name], sampling={"fps": 30}, max_tokens=2).images[0]
+        for name in ("60.mp4", "62.mp4")
+    ]
+    assert [(receipt["grids"], receipt["cached_grids"]) for receipt in receipts] == [(30, 0), (31, 30)]
 
 
 def test_client_that_leaves_frees_the_engine_for_others(url: str, client: Client) -> None:

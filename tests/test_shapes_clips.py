@@ -49,7 +49,13 @@ async def answer(http: httpx2.AsyncClient, *content: Any) -> str:
 async def check_accuracy(http: httpx2.AsyncClient, per_category: int) -> None:
     """That of the model card, and on each case the one-piece model's own verdict."""
     cases = [case for case in sample_cases(seed=3, per_category=per_category) if case.form in FORMS]
-    answers = await asyncio.gather(*(answer(http, *content_of(case)) for case in cases))
+    at_once = asyncio.Semaphore(16)
+
+    async def ask(case: Case) -> str:
+        async with at_once:
+            return await answer(http, *content_of(case))
+
+    answers = await asyncio.gather(*map(ask, cases))
     verdicts = [given == case.question.answer for given, case in zip(answers, cases, strict=True)]
     answerer = Answerer(CHECKPOINT)
     for case, is_right in zip(cases, verdicts, strict=True):
@@ -103,18 +109,6 @@ async def test_direction_is_right_whatever_the_clip_is_sent_as(
     assert await answer(shapes, parts[-1], "它往哪边移动？") == chinese
 
 
-async def test_second_clip_of_a_conversation_is_another_one(shapes: httpx2.AsyncClient) -> None:
-    parts = [video_part(video(shown, fps=2, **FFV1)) for shown in (TO_THE_RIGHT, DOWNWARDS)]
-    question = {"type": "text", "text": "Which way does it move?"}
-    messages = [
-        {"role": "user", "content": [parts[0], question]},
-        {"role": "assistant", "content": "right"},
-        {"role": "user", "content": [parts[1], question]},
-    ]
-    response = await shapes.post(URL, json={"model": "tiny", "messages": messages})
-    assert response.raise_for_status().json()["choices"][0]["message"]["content"] == "down"
-
-
 async def test_decisions_about_a_clip_decode_it_once(
     shapes: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,6 +119,5 @@ async def test_decisions_about_a_clip_decode_it_once(
     message = {"type": "message", "role": "user", "content": [video_part(video(TO_THE_RIGHT, fps=2, **FFV1))]}
     body = {"model": "tiny", "input": [message], "questions": [question, question | {"name": "again"}]}
     found = (await shapes.post("/v1/decisions", json=body)).raise_for_status().json()
-    probabilities = {choice["value"]: choice["probability"] for choice in found["answers"][0]["choices"]}
-    assert max(probabilities, key=probabilities.__getitem__) == "right"
+    assert [one["choice"] for one in found["answers"]] == ["right", "right"]
     assert len(decoded) == 1

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 
 from common.config import CacheConfig, ModelConfig
-from deploy.client import Client
+from deploy.client import Client, ClientError
 from deploy.one_piece import one_piece_server
 from deploy.service import application_config, application_of
 from llm_service.api.app import create_app
 from llm_service.chat import ChatMessage
 from llm_service.config import EngineConfig
 from llm_service.server import GenerationOptions, LLMServer
+from tests.clips import animation, frames
 from tests.conftest import picture, serving
 from tests.services import Services
 
@@ -53,6 +54,14 @@ def test_answers_and_fingerprint_are_those_of_the_split_service(
     one, other = (client.ask(images, "Describe.", max_tokens=12, temperature=0) for client in clients)
     assert (one.text, one.num_tokens, one.finish_reason) == (other.text, other.num_tokens, other.finish_reason)
     assert one.fingerprint == other.fingerprint
+
+
+def test_clips_are_refused(clients: tuple[Client, Client], tmp_path: Path) -> None:
+    path = tmp_path / "clip.gif"
+    path.write_bytes(animation(frames(2), "GIF"))
+    with pytest.raises(ClientError, match="takes no clips"):
+        clients[0].ask([], "What?", videos=[path])
+    assert clients[1].ask([], "What?", videos=[path], max_tokens=2).images[0]["frames"] == 1
 
 
 def test_every_picture_is_encoded_every_time(clients: tuple[Client, Client]) -> None:
