@@ -105,7 +105,6 @@ class FeatureSource:
         with span("cache.get", images=len(specs)):
             hits = await self._cache.get_many(specs)
         looked_up_ms = (time.perf_counter() - started) * 1000
-
         window = asyncio.Semaphore(_MAX_ENCODES)
 
         async def one(key: str, image: ImageRequest) -> ImageFeatures:
@@ -116,8 +115,10 @@ class FeatureSource:
             elapsed_ms = (time.perf_counter() - started) * 1000
             return ImageFeatures(features.key, features.embedding, features.source, elapsed_ms)
 
-        waiting = [one(key, image) for key, image in zip(keys, images, strict=True)]
-        results = await asyncio.gather(*waiting, return_exceptions=True)
+        unique = dict(zip(keys, images, strict=True))  # where nothing moves a clip has one grid many times
+        done = await asyncio.gather(*(one(*each) for each in unique.items()), return_exceptions=True)
+        result_of = dict(zip(unique, done, strict=True))
+        results = [result_of[key] for key in keys]
         for image, result in zip(images, results, strict=True):
             if isinstance(result, InvalidRequestError):
                 raise type(result)(result.message, param=image.field, code=result.code) from result
