@@ -249,6 +249,10 @@ class LLMServer:
         self._answers = answers
         fetcher = ImageFetcher(api.fetch, model.limits.max_image_bytes)
         clips = None
+        if model.max_frame_pixels and clip_rule_of(decoder.half.config) is None:
+            raise ValueError(
+                f"model.max_frame_pixels has no effect on {decoder.half.config.model_type!r}, which takes no clips"
+            )
         if decoder.takes_clips and clip_rule_of(decoder.half.config) is not None:
             assert isinstance(geometry, PatchGeometry)
             clips = ClipLibrary(geometry, params, model.limits, model.max_frame_pixels)

@@ -11,14 +11,20 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from common.config import ImageLimits
+from common.cache import LocalTier, TieredCache
+from common.config import ImageLimits, ModelConfig
+from common.errors import InvalidRequestError
+from encoder_service.config import EncoderConfig
+from encoder_service.server import EncoderServer
 from llm_service.api.app import create_app
 from llm_service.chat import parse_messages
-from llm_service.server import GenerationOptions, PreparedRequest
+from llm_service.config import EngineConfig
+from llm_service.server import GenerationOptions, LLMServer, PreparedRequest
 from tests.clips import FFV1, LOSSLESS, frames, frames_part, png, video, video_part
 from tests.conftest import write_tiny_checkpoint
 from tests.services import URL, Services, body, image_part
 from tests.test_equality import Reference
+from tests.tiny_families import write_tiny_family
 
 MAX_TOKENS = 12
 VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD = (
@@ -217,6 +223,28 @@ async def test_clip_among_images_keeps_their_order(both: Services, reference: Cl
     )
     for features_of_still, still in ((features[0], first), (features[3], last)):
         assert torch.equal(features_of_still, reference.features([still])[0])  # a still is a frame twice
+
+
+async def test_budget_of_a_frame_is_its_own_whatever_the_length_of_its_clip(checkpoint: Path) -> None:
+    budget = 28 * 28 * 4
+    model = ModelConfig(path=str(checkpoint), served_name="tiny", max_frame_pixels=budget)
+    encoder = EncoderServer(model, EncoderConfig(), TieredCache(LocalTier(2**26), None))
+    llm = LLMServer(model, EngineConfig(), TieredCache(LocalTier(2**26), None), encoder)
+    lengths = set()
+    for number in (2, 40):
+        messages = parse_messages(body(frames_part(frames(number, 900, 112, 112)), "What?")["messages"], llm.limits)
+        prepared = await llm.prepare(messages, GenerationOptions(max_tokens=2), "request")
+        lengths |= {feature.position.length for feature in prepared.request.mm_features}
+    assert len(lengths) == 1 and lengths.pop() <= 4 and encoder.num_encoded == 20
+    llm.engine.shutdown()
+
+
+async def test_family_without_clips_refuses_them_by_name(tmp_path: Path) -> None:
+    services = Services(write_tiny_family("llava", tmp_path))
+    with pytest.raises(InvalidRequestError, match="takes no clips") as raised:
+        await prepare(services, frames_part(frames(2)), "What?")
+    assert raised.value.param == "messages[0].content[0].video"
+    services.llm.engine.shutdown()
 
 
 async def test_receipt_of_a_clip_says_what_of_it_was_cached(both: Services) -> None:

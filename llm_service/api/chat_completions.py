@@ -102,6 +102,7 @@ class ChatCompletionRequest(PromptRequest, StreamingRequest):
         "echo": (False,),
         "function_call": ("none",),
         "functions": ([],),
+        "media_io_kwargs": ({},),
         "mm_processor_kwargs": ({},),
         "moderation": (),
         "reasoning_effort": ("none",),

@@ -29,6 +29,7 @@ REFUSED: dict[str, Any] = {
     "guided_regex": "a+",
     "include_stop_str_in_output": True,
     "length_penalty": 2.0,
+    "media_io_kwargs": {"video": {"num_frames": 4}},
     "mm_processor_kwargs": {"code_revision": "x"},
     "moderation": {},
     "priority": 3,
