@@ -29,7 +29,7 @@ FORMATS = "MP4, WebM, animated GIF or WebP"
 
 _DAMAGED = "the clip is truncated or damaged"
 _MAX_ADDRESS_SPACE = 2 * 1024**3
-_GIF_FRAME_MS = 100  # what browsers make of frames without a duration
+_FRAME_MS = 100  # what browsers make of frames without a duration
 _UPRIGHT = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 
 Draw = Callable[[], Image.Image]
@@ -153,7 +153,7 @@ class Animation:
             time += self._seconds(image)
 
     def _seconds(self, image: Image.Image) -> Fraction:
-        return Fraction(int(image.info.get("duration") or _GIF_FRAME_MS), 1000)
+        return Fraction(int(image.info.get("duration") or _FRAME_MS), 1000)
 
     def _open(self) -> Image.Image:
         return Image.open(io.BytesIO(self._data), formats=("GIF", "WEBP"))

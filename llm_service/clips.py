@@ -119,8 +119,11 @@ class ClipLibrary:
     async def _clip(self, part: ClipPart, images: Sequence[bytes], caller: RequestContext) -> Clip:
         clip = self._read.get(part)
         if clip is None:
-            read = partial(clip_of_images, images) if isinstance(part, FramesPart) else partial(clip_of_file, part.data)
-            clip = await asyncio.get_running_loop().run_in_executor(self._pool, read, part.sampling, self._limits)
+            if isinstance(part, FramesPart):
+                clip = await asyncio.to_thread(clip_of_images, images, part.sampling, self._limits)
+            else:
+                decode = partial(clip_of_file, part.data, part.sampling, self._limits)
+                clip = await asyncio.get_running_loop().run_in_executor(self._pool, decode)
             caller.hold("bytes", sum(len(pair.data) for pair in clip.pairs))
             self._read[part] = clip
         return clip
@@ -128,18 +131,30 @@ class ClipLibrary:
 
 def clip_of_images(images: Sequence[bytes], sampling: Sampling, limits: ImageLimits) -> Clip:
     """Nothing is decoded."""
+    seconds = len(images) / sampling.fps
+    if seconds > limits.video.max_seconds:
+        raise InvalidRequestError(
+            f"the clip lasts {seconds:.1f} s, the limit is {limits.video.max_seconds:g} s (limits.video.max_seconds)",
+            code="video_too_long",
+        )
     number = min(sampling.num_frames or sampling.max_frames or len(images), len(images))
     indices = [index * len(images) // number for index in range(number)]
-    fps = sampling.fps * number / len(images)
-    size = frame_size(images[0], limits)
-    for index in indices:
-        check_same_size(size, frame_size(images[index], limits))
+    sizes = [_size_of(images[index], index, limits) for index in indices]
+    for size in sizes:
+        check_same_size(sizes[0], size)
     times = [index / sampling.fps for index in indices]
     pairs = [
         (pack_files(images[indices[one]], images[indices[other]]), times[one], times[other])
         for one, other in _pairs(number)
     ]
-    return Clip([_pair(*pair) for pair in pairs], *size, number, fps)
+    return Clip([_pair(*pair) for pair in pairs], *sizes[0], number, sampling.fps * number / len(images))
+
+
+def _size_of(image: bytes, index: int, limits: ImageLimits) -> tuple[int, int]:
+    try:
+        return frame_size(image, limits)
+    except InvalidRequestError as exc:
+        raise type(exc)(f"frame {index}: {exc.message}", code=exc.code) from exc
 
 
 def clip_of_file(data: bytes, sampling: Sampling, limits: ImageLimits) -> Clip:

@@ -37,6 +37,11 @@ class EngineInput:
     intervals: list[float]
 
     @property
+    def num_positions(self) -> int:
+        """What the prompt takes of the model's length: more than its tokens where the seconds of a clip are more."""
+        return max(len(self.token_ids), self.next_position)
+
+    @property
     def num_tokens_of_images(self) -> list[int]:
         return [sum(placeholder.length for placeholder in ranges) for ranges in self.placeholders]
 
@@ -120,6 +125,13 @@ class PromptProcessor:
             )
         else:
             positions, next_position = torch.arange(num_tokens).expand(3, -1), num_tokens
+        if next_position >= self._max_model_len:
+            raise InvalidRequestError(
+                f"the time of the clips takes the prompt to position {next_position}; prompt and answer must fit into "
+                f"{self._max_model_len} (engine.max_model_len)",
+                param="messages",
+                code="context_length_exceeded",
+            )
         return EngineInput(found.token_ids, positions, next_position, found.placeholders, found.intervals)
 
     def instruction(self, messages: Sequence[ChatMessage]) -> str:

@@ -305,7 +305,7 @@ class LLMServer:
     ) -> Plan:
         """Tokens, images and time to the first token, which no prefix in the KV cache makes shorter."""
         prompt, visuals = await self.count(messages, template, context)
-        sampling_params = self._sampling_params(options, len(prompt.token_ids))
+        sampling_params = self._sampling_params(options, prompt.num_positions)
         assert sampling_params.max_tokens is not None
         tokens = iter(prompt.num_tokens_of_images)
         planned = [await self._plan_visual(visual, tokens) for visual in visuals]
@@ -367,7 +367,7 @@ class LLMServer:
         context: RequestContext,
     ) -> PreparedRequest:
         images = items_of(visuals)
-        sampling_params = self._sampling_params(options, len(prompt.token_ids))
+        sampling_params = self._sampling_params(options, prompt.num_positions)
         grammar = await self._grammar(options.structured_output)
         context.hold("prompt_tokens", len(prompt.token_ids))
         fingerprint = await self.fingerprint()
@@ -561,11 +561,11 @@ class LLMServer:
                 code="model_not_found",
             )
 
-    def _sampling_params(self, options: GenerationOptions, num_prompt_tokens: int) -> SamplingParams:
-        room = self.max_model_len - num_prompt_tokens
+    def _sampling_params(self, options: GenerationOptions, num_positions: int) -> SamplingParams:
+        room = self.max_model_len - num_positions
         if options.max_tokens is not None and options.max_tokens > room:
             raise InvalidRequestError(
-                f"max_tokens is {options.max_tokens}, but after a prompt of {num_prompt_tokens} tokens {room} fit into "
+                f"max_tokens is {options.max_tokens}, but after a prompt of {num_positions} tokens {room} fit into "
                 f"{self.max_model_len} (engine.max_model_len)",
                 param="max_tokens",
                 code="context_length_exceeded",

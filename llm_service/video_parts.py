@@ -6,7 +6,6 @@ the base64 of frames between commas; `video` has a list of images, as Qwen's API
 there were.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +24,7 @@ from llm_service.image_parts import (
 )
 
 DEFAULT_FPS = 2.0  # Qwen's
-_MAX_FPS = 240.0
+_MIN_FPS, _MAX_FPS = 0.001, 240.0
 _ANIMATIONS = ("image/gif", "image/webp")
 _LISTS = ("video/jpeg", "video/png", "video/webp")
 
@@ -119,9 +118,9 @@ def _check_number(num_frames: int, field: str, limits: VideoLimits) -> None:
 
 def _parse_sampling(part: Mapping[str, Any], field: str, limits: VideoLimits) -> Sampling:
     fps = part.get("fps")
-    if fps is not None and not (type(fps) in (int, float) and math.isfinite(fps) and 0 < fps <= _MAX_FPS):
+    if fps is not None and not (type(fps) in (int, float) and _MIN_FPS <= fps <= _MAX_FPS):
         raise InvalidRequestError(
-            f"fps must be a number above 0 and at most {_MAX_FPS:g}, not {str(fps)[:64]}", param=f"{field}.fps"
+            f"fps must be a number from {_MIN_FPS:g} to {_MAX_FPS:g}, not {str(fps)[:64]}", param=f"{field}.fps"
         )
     num_frames, max_frames = (_parse_count(part, name, field, limits) for name in ("num_frames", "max_frames"))
     if num_frames is not None and max_frames is not None:

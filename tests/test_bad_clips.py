@@ -22,6 +22,7 @@ from tests.services import URL, body, data_url, image_part
 MP4 = video(frames(6), **LOSSLESS)
 MJPEG = {"format": "matroska", "codec": "mjpeg", "pixel_format": "yuvj420p"}
 GIF = animation(frames(4), "GIF")
+STILL = data_url(png(frames(1)[0]))
 
 
 async def refusal(http: httpx2.AsyncClient, part: dict[str, Any]) -> tuple[int, str, str]:
@@ -69,11 +70,13 @@ async def test_bytes_that_are_no_clip_are_refused(http: httpx2.AsyncClient, part
 @pytest.mark.parametrize(
     ("fields", "param", "words"),
     [
-        ({"fps": 0}, "fps", "above 0"),
-        ({"fps": -1}, "fps", "above 0"),
-        ({"fps": math.nan}, "fps", "above 0"),
-        ({"fps": math.inf}, "fps", "above 0"),
-        ({"fps": 1e9}, "fps", "at most 240"),
+        ({"fps": 0}, "fps", "from 0.001 to 240"),
+        ({"fps": -1}, "fps", "from 0.001 to 240"),
+        ({"fps": math.nan}, "fps", "from 0.001 to 240"),
+        ({"fps": math.inf}, "fps", "from 0.001 to 240"),
+        ({"fps": 1e9}, "fps", "from 0.001 to 240"),
+        ({"fps": 1e-300}, "fps", "from 0.001 to 240"),
+        ({"fps": 10**400}, "fps", "from 0.001 to 240"),
         ({"fps": "2"}, "fps", "number"),
         ({"fps": True}, "fps", "number"),
         ({"num_frames": 0}, "num_frames", r"from 1 to 128 (limits.video.max_frames)"),
@@ -89,6 +92,16 @@ async def test_bytes_that_are_no_clip_are_refused(http: httpx2.AsyncClient, part
         ({"video_url": {"url": "data:video/mp4;base64,***"}}, "video_url.url", "not valid base64"),
         ({"type": "video", "video": []}, "video", "no frames"),
         ({"type": "video", "video": [1]}, "video[0]", "URL of an image"),
+        (
+            {"type": "video", "video": [STILL] * 4, "fps": 0.002},
+            "video",
+            "lasts 2000.0 s, the limit",
+        ),
+        (
+            {"type": "video", "video": [STILL, data_url(b"")]},
+            "video",
+            "frame 1: the image has 0 bytes",
+        ),
         ({"type": "video", "video": [data_url(b"")] * 129}, "video", "129 frames, the limit is 128 (limits.video"),
         (
             {"video_url": {"url": "data:video/jpeg;base64," + "," * 128}},

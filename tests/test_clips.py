@@ -16,11 +16,13 @@ from common.config import ImageLimits, ModelConfig
 from common.errors import InvalidRequestError
 from encoder_service.config import EncoderConfig
 from encoder_service.server import EncoderServer
+from llm_service.answer_cache import AnswerCache
 from llm_service.api.app import create_app
 from llm_service.chat import parse_messages
 from llm_service.config import EngineConfig
 from llm_service.server import GenerationOptions, LLMServer, PreparedRequest
 from tests.clips import FFV1, LOSSLESS, frames, frames_part, png, video, video_part
+from tests.common.test_cache import DictTier
 from tests.conftest import write_tiny_checkpoint
 from tests.services import URL, Services, body, image_part
 from tests.test_equality import Reference
@@ -236,6 +238,39 @@ async def test_budget_of_a_frame_is_its_own_whatever_the_length_of_its_clip(chec
         prepared = await llm.prepare(messages, GenerationOptions(max_tokens=2), "request")
         lengths |= {feature.position.length for feature in prepared.request.mm_features}
     assert len(lengths) == 1 and lengths.pop() <= 4 and encoder.num_encoded == 20
+    llm.engine.shutdown()
+
+
+async def test_seconds_of_a_clip_count_against_the_length_of_the_model(checkpoint: Path) -> None:
+    """Where positions follow from them: by the rule `qwen` the text after a clip goes on behind its last second."""
+    model = ModelConfig(path=str(checkpoint), served_name="tiny", mrope_rule="qwen")
+    encoder = EncoderServer(model, EncoderConfig(), TieredCache(LocalTier(2**26), None))
+    llm = LLMServer(model, EngineConfig(max_model_len=256), TieredCache(LocalTier(2**26), None), encoder)
+    follows_time = "qwen2_5_vl" in str(checkpoint)
+    for fps, fits in ((2, True), (0.02, not follows_time)):
+        messages = parse_messages(body(frames_part(frames(4, 950), fps=fps), "What?")["messages"], llm.limits)
+        if fits:
+            prompt, _ = await llm.count(messages)
+            assert prompt.next_position <= prompt.num_positions == len(prompt.token_ids)
+        else:
+            with pytest.raises(InvalidRequestError, match=r"to position \d+; .* into 256 \(engine.max_model_len\)"):
+                await llm.count(messages)
+    llm.engine.shutdown()
+
+
+async def test_kept_answer_is_not_given_for_another_rate_where_positions_follow_from_it(checkpoint: Path) -> None:
+    model = ModelConfig(path=str(checkpoint), served_name="tiny")
+    encoder = EncoderServer(model, EncoderConfig(), TieredCache(LocalTier(2**26), None))
+    answers = AnswerCache(DictTier(), 2**20)
+    llm = LLMServer(model, EngineConfig(), TieredCache(LocalTier(2**26), None), encoder, answers=answers)
+    known = []
+    for fps in (2, 1, 2):
+        messages = parse_messages(body(frames_part(frames(6, 970), fps=fps), "What?")["messages"], llm.limits)
+        prepared = await llm.prepare(messages, GenerationOptions(max_tokens=2), "request")
+        known.append(prepared.known_answer is not None)
+        async for _ in llm.generate(prepared):
+            pass
+    assert known == [False, "qwen2_vl" in str(checkpoint), True]
     llm.engine.shutdown()
 
 
