@@ -21,8 +21,12 @@ _SENT_AS: Mapping[Kind, str] = {
     "video": "a video is sent as a data URL (data:video/mp4;base64,...)",
 }
 
-# RFC 2397 with base64: data:image/png;charset=x;base64,....; scheme and type are case-insensitive
-_DATA_URL = re.compile(r"data:(?P<type>[^;,]*)(?P<parameters>(?:;[^;,]*)*),(?P<data>.*)", re.IGNORECASE | re.DOTALL)
+# RFC 2397 with base64: data:image/png;charset=x;base64,....; scheme and type are case-insensitive. Browsers write the
+# codecs of a video with a comma between them.
+_DATA_URL = re.compile(
+    r"data:(?P<type>[^;,]*)(?P<parameters>(?:;[^;]{0,200})*?;base64|(?:;[^;,]*)*),(?P<data>.*)",
+    re.IGNORECASE | re.DOTALL,
+)
 
 _WEB_URL = re.compile(r"https?://", re.IGNORECASE)
 _MAX_URL_LENGTH = 2048

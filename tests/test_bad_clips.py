@@ -265,6 +265,13 @@ def test_count_is_spread_from_the_first_frame_on() -> None:
     assert [pair.mm_hash for pair in few.pairs] == [pair.mm_hash for pair in clip.pairs]
 
 
+async def test_clip_of_a_browsers_recorder_is_read(http: httpx2.AsyncClient) -> None:
+    data = video(frames(4), format="webm", codec="libvpx", pixel_format="yuv420p")
+    part = video_part(data, "video/webm;codecs=vp8,opus", fps=30)
+    answer = (await http.post(URL, json=body(part, "What?"))).raise_for_status().json()
+    assert answer["usage"]["images"][0]["frames"] == 4
+
+
 async def test_frames_between_commas_are_a_clip_as_vllm_sends_it(http: httpx2.AsyncClient) -> None:
     shown = [png(image) for image in frames(4)]
     url = "data:video/jpeg;base64," + ",".join(base64.b64encode(one).decode() for one in shown)

@@ -3,6 +3,7 @@
 import io
 import random
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from common.config import ImageLimits
 from common.errors import InvalidRequestError
+from common.frames import pack_files, pack_pixels
 from common.geometry import PatchGeometry
 from common.media import MediaParams, image_header
 from encoder_service.preprocess import ImagePreprocessor, decode, pixel_values
@@ -111,3 +113,34 @@ def test_pixel_limit_is_checked_before_anything_is_decoded() -> None:
     huge[29:33] = zlib.crc32(bytes(huge[12:29])).to_bytes(4, "big")
     with pytest.raises(InvalidRequestError, match=r"20000 x 20000 = 400000000 pixels, the limit is 64000000"):
         image_header(bytes(huge), ImageLimits())
+
+
+def test_grid_of_a_clip_has_both_frames_in_its_patches_alone_and_in_a_batch() -> None:
+    first, second = photo(90, 130, seed=1), photo(90, 130, seed=2)
+    files = pack_files(encoded(first, "PNG"), encoded(second, "PNG"))
+    pixels = pack_pixels(first.tobytes(), second.tobytes(), height=90, width=130)
+    pair = PREPROCESS(files, replace(PARAMS, frames=2))
+    still = PREPROCESS(encoded(first, "PNG"), PARAMS)
+    assert torch.equal(pair.patches, PREPROCESS(pixels, replace(PARAMS, frames=2)).patches)
+    doubled = PROCESSOR([first, second], return_tensors="pt").pixel_values.view(2, -1, 3, 2, 14 * 14)
+    expected = doubled[:, :, :, 0].permute(1, 2, 0, 3).reshape(len(pair.patches), -1)
+    device = torch.device("cpu")
+    assert torch.equal(PREPROCESS.model_inputs([pair], device)["pixel_values"], expected)
+    batch = PREPROCESS.model_inputs([still, pair], device)
+    assert torch.equal(batch["pixel_values"], torch.cat([doubled[0].flatten(1), expected]))
+    assert batch["image_grid_thw"].tolist() == [list(pair.grid_thw)] * 2
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"FVPX",
+        pack_files(b"a", b"b")[:-1],
+        pack_files(b"a", b"b") + b"c",
+        pack_pixels(b"", b"", height=0, width=9),
+    ],
+)
+def test_bytes_that_are_not_two_frames_are_refused(data: bytes) -> None:
+    with pytest.raises(InvalidRequestError, match="not two frames"):
+        PREPROCESS(data, replace(PARAMS, frames=2))
