@@ -22,7 +22,7 @@ Image.MAX_IMAGE_PIXELS = None
 # The texts of a PNG are unpacked with its header, and kept; nothing but an orientation in one of them is of use.
 PngImagePlugin.MAX_TEXT_MEMORY = 4 * MIB
 
-_MAX_HEADER_READS = 2**14
+_MAX_HEADER_READS = 2**13
 _MAX_COSTLY_READS = 32
 _EXIF = b"Exif\0\0"
 _PACKED_CHUNKS = (b"iCCP", b"iTXt", b"zTXt")
@@ -86,21 +86,22 @@ class MediaItem:
             raise DeadlineExceededError("the time limit of the request is over", code="deadline_exceeded")
 
 
-class _Header(io.BytesIO):
-    """A file in front of whose pixels a decoder may read so many pieces: some have millions of empty blocks there.
+class _Source(io.BytesIO):
+    """A file that a decoder may read in so many pieces: some have millions of empty blocks around their pixels.
 
-    A segment of a JPEG is four pieces. Costly are chunks of a PNG that unpack to a mebibyte, and segments of Exif, each
-    of which is joined to all before it.
+    A segment of a JPEG is four pieces, a chunk of a PNG three. Costly are chunks that unpack to a mebibyte, and
+    segments of Exif, each of which is joined to all before it.
     """
 
     reads_left: float = _MAX_HEADER_READS
+    costly_reads_left: int = _MAX_COSTLY_READS
 
     def read(self, size: int | None = -1, /) -> bytes:
         piece = super().read(size)
-        is_costly = piece.startswith(_EXIF) or piece[4:8] in _PACKED_CHUNKS
-        self.reads_left -= _MAX_HEADER_READS / _MAX_COSTLY_READS if is_costly else 1
-        if self.reads_left < 0:
-            raise InvalidRequestError("the image has too many blocks in front of its pixels", code="invalid_image")
+        self.reads_left -= 1
+        self.costly_reads_left -= piece.startswith(_EXIF) or piece[4:8] in _PACKED_CHUNKS
+        if self.reads_left < 0 or self.costly_reads_left < 0:
+            raise InvalidRequestError("the image has too many blocks around its pixels", code="invalid_image")
         return piece
 
 
@@ -154,9 +155,10 @@ def open_image(data: bytes, limits: ImageLimits) -> Image.Image:
             code="image_too_large",
         )
     try:
-        source = _Header(data)
+        source = _Source(data)
         image = Image.open(source, formats=FORMATS)
-        source.reads_left = math.inf
+        # A PNG is read in chunks to its end, the others in large pieces or, a BMP, in bytes.
+        source.reads_left = source.reads_left + len(data) / 256 if image.format == "PNG" else math.inf
     except (MemoryError, InvalidRequestError):
         raise
     except Exception as exc:  # decoders raise anything; their text may hold addresses, so it is not passed on

@@ -155,7 +155,7 @@ def decode(data: bytes, limits: ImageLimits) -> Image.Image:
         image.load()
         upright = image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
         return _to_rgb(upright)
-    except MemoryError:
+    except (MemoryError, InvalidRequestError):
         raise
     except Exception as exc:  # decoders raise anything; their text may hold addresses, so it is not passed on
         raise InvalidRequestError("the image is truncated or damaged", code="invalid_image") from exc

@@ -70,9 +70,14 @@ def _with_chunk(tag: bytes, *data: bytes) -> bytes:
     return _hollow_png((8, 8), 8, 0, before=[(tag, one) for one in data])
 
 
-def _with_texts(tag: bytes, flags: bytes) -> bytes:
+def _texts(tag: bytes, flags: bytes) -> list[tuple[bytes, bytes]]:
     packed = zlib.compress(bytes(2**20))
-    return _with_chunk(tag, *[str(number).encode() + flags + packed for number in range(1000)])
+    return [(tag, str(number).encode() + flags + packed) for number in range(1000)]
+
+
+def _around_pixels(*, before: Iterable[tuple[bytes, bytes]] = (), after: Iterable[tuple[bytes, bytes]] = ()) -> bytes:
+    """A whole PNG."""
+    return png((8, 8), 8, 0, zlib.compress(bytes(72)), before=before, after=after)
 
 
 def _jpeg(size: tuple[int, int] = (64, 64), **options: Any) -> bytes:
@@ -182,10 +187,13 @@ BOMBS: Mapping[str, Callable[[], bytes]] = {
     "PNG with an iTXt of 1 GiB": lambda: _with_chunk(b"iTXt", b"a\0\1\0\0\0" + _gibibyte()),
     "PNG with a zTXt of 1 GiB": lambda: _with_chunk(b"zTXt", b"a\0\0" + _gibibyte()),
     "PNG with a profile of 1 GiB": lambda: _with_chunk(b"iCCP", b"a\0\0" + _gibibyte()),
-    "PNG with 1,000 iTXt of 1 MiB": lambda: _with_texts(b"iTXt", b"\0\1\0\0\0"),
-    "PNG with 1,000 zTXt of 1 MiB": lambda: _with_texts(b"zTXt", b"\0\0"),
-    "PNG with 1,000 profiles of 1 MiB": lambda: _with_texts(b"iCCP", b"\0\0"),
-    "PNG of 300,000 chunks": lambda: _with_chunk(b"teSt", *[b""] * 300_000),
+    "PNG with 1,000 iTXt of 1 MiB": lambda: _around_pixels(before=_texts(b"iTXt", b"\0\1\0\0\0")),
+    "PNG with 1,000 zTXt of 1 MiB": lambda: _around_pixels(before=_texts(b"zTXt", b"\0\0")),
+    "PNG with 1,000 profiles of 1 MiB": lambda: _around_pixels(before=_texts(b"iCCP", b"\0\0")),
+    "PNG with 1,000 profiles of 1 MiB behind its pixels": lambda: _around_pixels(after=_texts(b"iCCP", b"\0\0")),
+    "PNG of 300,000 chunks": lambda: _around_pixels(before=[(b"teSt", b"")] * 300_000),
+    "PNG of 300,000 chunks behind its pixels": lambda: _around_pixels(after=[(b"teSt", b"")] * 300_000),
+    "PNG of 300,000 IDAT": lambda: _around_pixels(after=[(b"IDAT", b"")] * 300_000),
     "JPEG of 300,000 Exif segments": lambda: _jpeg_with(segment(0xE1, _EXIF + b"abcd") * 300_000),
     "JPEG of 300,000 comments": lambda: _jpeg_with(segment(0xFE, b"") * 300_000),
     "JPEG with 4 MiB of nothing": lambda: _jpeg_with(segment(0xFE, b"") + bytes(4 * 2**20)),

@@ -42,8 +42,8 @@ def test_every_bomb_is_refused_in_less_than_64_mib(rows: list[dict[str, Any]]) -
     ("bomb", "words"),
     [
         ("PNG 65535 x 65535, 1 bit", "65535 x 65535 = 4294836225 pixels, the limit is 64000000"),
-        ("PNG of 300,000 chunks", "too many blocks in front of its pixels"),
-        ("JPEG of 300,000 Exif segments", "too many blocks in front of its pixels"),
+        ("PNG of 300,000 chunks", "too many blocks around its pixels"),
+        ("JPEG of 300,000 Exif segments", "too many blocks around its pixels"),
     ],
 )
 def test_the_reason_is_in_the_header(bomb: str, words: str) -> None:

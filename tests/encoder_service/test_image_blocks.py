@@ -1,13 +1,15 @@
 """Scans of a JPEG and frames of an animation are counted without decoding, and are limited."""
 
 import io
+import random
+import zlib
 
 import pytest
 from PIL import Image
 
 from common.config import ImageLimits
 from common.errors import InvalidRequestError
-from deploy.bench.image_bombs import segment
+from deploy.bench.image_bombs import png, png_chunk, segment
 from encoder_service.image_blocks import num_gif_frames, num_jpeg_scans
 from encoder_service.preprocess import decode
 from tests.odd_images import ODD, encoded, photo
@@ -62,3 +64,23 @@ def test_a_jpeg_of_too_many_scans_is_refused() -> None:
     decode(PROGRESSIVE, ImageLimits(max_image_scans=10))
     with pytest.raises(InvalidRequestError, match=r"has 10 scans, the limit is 9 \(limits.max_image_scans\)"):
         decode(PROGRESSIVE, ImageLimits(max_image_scans=9))
+
+
+def test_a_picture_with_much_metadata_is_no_bomb() -> None:
+    noise = random.Random(0).randbytes
+    exif = b"Exif\0\0" + noise(60_000)
+    texts = [(b"tEXt", b"key%d\0text" % number) for number in range(500)]
+    packed = [(b"iTXt", b"key%d\0\1\0\0\0" % number + zlib.compress(b"text")) for number in range(30)]
+    small_idat = zlib.compress(bytes(31 * 46), 0)
+    pixels = png_chunk(b"IDAT", small_idat)
+    pieces = b"".join(png_chunk(b"IDAT", small_idat[at : at + 100]) for at in range(0, len(small_idat), 100))
+    grayscale = png((45, 31), 8, 0, small_idat, before=[*texts, *packed], after=[*texts])
+    jpeg = encoded(photo(0), "JPEG", icc_profile=noise(4 * 2**20))
+    for data in (
+        jpeg,
+        jpeg[:2] + segment(0xE1, exif) * 8 + jpeg[2:],
+        grayscale,
+        grayscale.replace(pixels, pieces),
+        encoded(photo(0).quantize(16), "GIF", comment=noise(400_000)),
+    ):
+        decode(data, ImageLimits())
