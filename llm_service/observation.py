@@ -3,12 +3,13 @@
 import contextlib
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
 from common import metrics
 from common.tracing import Stages
 from llm_service.engine.request import Request, RequestOutput
+from llm_service.features import ImageRequest
 
 
 @dataclass(slots=True)
@@ -69,3 +70,11 @@ def _count(answer: _Answer, output: RequestOutput, now: float) -> None:
     metrics.generation_tokens.inc(num_tokens)
     answer.num_tokens += num_tokens
     answer.last_at = now
+
+
+def count_known_answer(images: Sequence[ImageRequest]) -> None:
+    """Images whose embeddings were not needed are found ones, as receipts and the page have it."""
+    for image in images:
+        metrics.images.inc(tags={"source": "answer", "tenant": image.item.tenant})
+        metrics.mm_cache_queries.inc()
+        metrics.mm_cache_hits.inc()

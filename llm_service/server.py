@@ -40,7 +40,7 @@ from llm_service.engine.structured_output import Grammar, GrammarCompiler, Gramm
 from llm_service.features import EncoderClient, FeatureSource, ImageFeatures, ImageRequest, embedding_key
 from llm_service.fetch import ImageFetcher
 from llm_service.media import MediaContext, MediaLibrary
-from llm_service.observation import observed
+from llm_service.observation import count_known_answer, observed
 from llm_service.prompt import PLAIN, EngineInput, PromptProcessor, TemplateOptions
 
 _MAX_CHARACTERS_ON_THE_LOOP = 20_000  # tokenizing more is left to a thread
@@ -376,6 +376,7 @@ class LLMServer:
         if options.n == 1 and grammar is None and options.logprobs is None:
             key = await self._answer_key(fingerprint, prompt, images, sampling_params, options, salt)
         if (answer := await self._known_answer(key)) is not None:
+            count_known_answer(images)
             known = [
                 ImageReceipt(image.item.mm_hash, num_tokens, "answer")
                 for image, num_tokens in zip(images, prompt.num_tokens_of_images, strict=True)

@@ -431,6 +431,7 @@ async def test_purge_forgets_kept_answers(replicas: Callable[..., Replica], tiny
     answers = AnswerCache(DictTier(), MIB)
     replica = replicas(local_store(), encoder_of(tiny_checkpoint), answers=answers)
     image = picture()
+    before = metrics.snapshot()
     sources = []
     for is_purged in (False, False, True):
         if is_purged:
@@ -438,6 +439,11 @@ async def test_purge_forgets_kept_answers(replicas: Callable[..., Replica], tiny
         answer = (await replica.ask(inline(image))).json()
         sources.append(answer["usage"]["images"][0]["source"])
     assert sources == ["encoder", "answer", "encoder"]
+    rises = [
+        metrics.snapshot()[f"fovea_mm_cache_{name}_total"] - before[f"fovea_mm_cache_{name}_total"]
+        for name in ("hits", "queries")
+    ]
+    assert rises == [1, 3]  # as receipts count
 
 
 async def test_stats_tell_of_tiers_and_both_stores(replica: Replica) -> None:

@@ -12,6 +12,7 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, Error, Page, expect, sync_playwright
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from common import metrics
 from common.cache import LocalTier, TieredCache
 from common.config import MIB, ModelConfig
 from common.media_storage import LocalStorage
@@ -30,6 +31,9 @@ DESKTOP = {"width": 1280, "height": 860}
 PHONE = {"width": 390, "height": 844}
 # Chromium draws a camera of its own, and nobody is asked whether it may be used.
 CHROMIUM = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+
+
+MM_CACHE = ("fovea_mm_cache_hits_total", "fovea_mm_cache_queries_total")
 
 
 class KeyDoor:
@@ -159,6 +163,7 @@ def give_files(page: Page, event: str, path: Path) -> None:
 
 
 def test_second_question_about_a_picture_shows_a_hit(page: Page, pictures: Path) -> None:
+    before = metrics.snapshot()
     path = pictures / "two-shapes.png"
     ask(page, "What colour is the circle?", path)
     page.get_by_role("button", name="New").click()
@@ -167,6 +172,11 @@ def test_second_question_about_a_picture_shows_a_hit(page: Page, pictures: Path)
     assert captions(page)[0].startswith("64 tokens local memory ")
     assert page.locator("#rate").inner_text() == "50 %"
     assert page.locator("dd").first.inner_text() == "1"
+    hits, queries = (metrics.snapshot()[name] - before[name] for name in MM_CACHE)
+    assert hits / queries == 0.5
+    page.evaluate("pollMetrics()")
+    hits, queries = (metrics.snapshot()[name] for name in MM_CACHE)
+    expect(page.locator("#service-rate")).to_contain_text(f"{round(hits / queries * 100)} % of {queries:.0f} pictures")
 
 
 def test_conversation_goes_on_about_its_picture(page: Page, pictures: Path) -> None:
@@ -321,6 +331,7 @@ def test_nothing_is_cut_off_at_this_size(
         box = button.bounding_box()
         assert box is not None and box["x"] >= 0 and box["x"] + box["width"] <= viewport["width"]
     keep = request.config.getoption("--screenshots")
+    page.mouse.move(0, 0)  # off the last button, which it lights
     if keep:
         page.screenshot(path=Path(keep) / f"page-{name}.png")
     figures = page.get_by_role("button", name="Figures")
