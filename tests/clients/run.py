@@ -3,7 +3,7 @@
     python tests/clients/run.py [CLIENT...] [--record]
 
 Each script of this folder is called with the URL and a picture of a red circle and a blue square, and fails unless what
-it asks is answered right. `--record` writes the requests that it sent to `requests/`, where the picture stands as
+it asks is answered right. `--record` writes the requests that it sent to `requests/`, where every picture stands as
 `{picture}`; test_recorded.py replays them without the clients.
 """
 
@@ -12,6 +12,7 @@ import base64
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -39,14 +40,17 @@ REQUIREMENTS = {
     "anthropic": ["anthropic==2.11.0"],
     "langchain": ["langchain-openai==1.7.3"],
     "litellm": ["litellm==1.106.2"],
+    "guidellm": ["guidellm[vision]==0.8.1"],
+    "aiperf": ["aiperf==0.13.0"],
 }
 SCRIPTS = {"openai3": "use_openai.py", "openai2": "use_openai.py"}
-TIMEOUT_S = 120
+TIMEOUT_S = 180
+DATA_URL = re.compile(r"(data:image/\w+;base64,)[A-Za-z0-9+/=]+")
 KEPT_HEADERS = ("anthropic-version", "anthropic-beta", "content-type")
 
 
 class Recorder:
-    """A proxy in front of the service that keeps what passes."""
+    """A proxy in front of the service that keeps what passes, and what passes again once."""
 
     def __init__(self, url: str, picture: bytes) -> None:
         recorder = self
@@ -61,9 +65,12 @@ class Recorder:
                 self._forward(self.rfile.read(int(self.headers.get("content-length", 0))))
 
             def _forward(self, body: bytes) -> None:
-                found = json.loads(body.decode().replace(encoded, "{picture}")) if body else None
+                text = DATA_URL.sub(r"\1{picture}", body.decode().replace(encoded, "{picture}"))  # some draw their own
+                found = json.loads(text) if body else None
                 headers = {name: self.headers[name] for name in KEPT_HEADERS if name in self.headers}
-                recorder.requests.append({"method": self.command, "path": self.path, "headers": headers, "body": found})
+                request = {"method": self.command, "path": self.path, "headers": headers, "body": found}
+                if request not in recorder.requests:
+                    recorder.requests.append(request)
                 answer = httpx2.request(self.command, url + self.path, content=body, headers=headers, timeout=TIMEOUT_S)
                 self.send_response(answer.status_code)
                 self.send_header("content-type", answer.headers["content-type"])

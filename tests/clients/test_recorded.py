@@ -41,7 +41,9 @@ async def test_recorded_request_is_answered(serve: Callable[..., Service], reque
 
 def test_every_client_was_recorded() -> None:
     assert {path.stem for path in REQUESTS.glob("*.json")} == {
+        "aiperf",
         "anthropic",
+        "guidellm",
         "langchain",
         "litellm",
         "openai2",
