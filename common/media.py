@@ -23,7 +23,7 @@ Image.MAX_IMAGE_PIXELS = None
 PngImagePlugin.MAX_TEXT_MEMORY = 4 * MIB
 
 _MAX_HEADER_READS = 2**13
-_MAX_COSTLY_READS = 32
+_MAX_COSTLY_READS = 16
 _EXIF = b"Exif\0\0"
 _PACKED_CHUNKS = (b"iCCP", b"iTXt", b"zTXt")
 

@@ -70,7 +70,7 @@ def test_a_picture_with_much_metadata_is_no_bomb() -> None:
     noise = random.Random(0).randbytes
     exif = b"Exif\0\0" + noise(60_000)
     texts = [(b"tEXt", b"key%d\0text" % number) for number in range(500)]
-    packed = [(b"iTXt", b"key%d\0\1\0\0\0" % number + zlib.compress(b"text")) for number in range(30)]
+    packed = [(b"iTXt", b"key%d\0\1\0\0\0" % number + zlib.compress(b"text")) for number in range(14)]
     small_idat = zlib.compress(bytes(31 * 46), 0)
     pixels = png_chunk(b"IDAT", small_idat)
     pieces = b"".join(png_chunk(b"IDAT", small_idat[at : at + 100]) for at in range(0, len(small_idat), 100))
