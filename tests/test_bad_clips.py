@@ -1,11 +1,14 @@
 """Clips that are damaged, hostile or above a limit are 400s that say what and which limit, and the service goes on."""
 
+import asyncio
 import base64
 import json
 import math
 import re
 import struct
+import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -14,7 +17,7 @@ from PIL import Image
 
 from common.config import ImageLimits, VideoLimits
 from common.errors import InvalidRequestError
-from llm_service.clips import clip_of_file
+from llm_service.clips import Clip, clip_of_file
 from llm_service.video_parts import Sampling
 from tests.clips import FFV1, LOSSLESS, WEBM, animation, frames, frames_part, png, video, video_part
 from tests.services import URL, body, data_url, image_part
@@ -201,6 +204,45 @@ async def test_bomb_is_refused_soon_and_the_service_goes_on(http: httpx2.AsyncCl
     assert status == 400 and re.search(words, message), message
     answer = await http.post(URL, json=body(frames_part(frames(2)), "What?"))
     assert answer.status_code == 200
+
+
+async def test_decoder_that_crashes_takes_nobody_with_it(
+    http: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    crashing = tmp_path / "decoder.py"
+    crashing.write_text("import os\nos.abort()")
+    with monkeypatch.context() as patch:
+        patch.setattr("llm_service.clips._DECODER", crashing)
+        assert await refusal(http, video_part(MP4)) == (
+            400, "messages[0].content[0].video_url.url", "the clip cannot be decoded",
+        )  # fmt: skip
+    assert (await http.post(URL, json=body(video_part(MP4), "What?"))).status_code == 200
+
+
+async def test_files_are_decoded_a_few_at_once_while_others_are_answered(
+    http: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = clip_of_file(MP4, Sampling(), ImageLimits())
+    begun, may_go_on = threading.Semaphore(0), threading.Event()
+    running: list[int] = []
+    most: list[int] = []
+
+    def decode(*_: object) -> Clip:
+        running.append(1)
+        most.append(len(running))
+        begun.release()
+        may_go_on.wait(60)
+        running.pop()
+        return clip
+
+    monkeypatch.setattr("llm_service.clips.clip_of_file", decode)
+    waiting = [asyncio.create_task(http.post(URL, json=body(video_part(MP4), "What?"))) for _ in range(5)]
+    for _ in range(2):
+        await asyncio.to_thread(begun.acquire)
+    assert (await http.post(URL, json=body(frames_part(frames(2)), "What?"))).status_code == 200
+    may_go_on.set()
+    assert {answer.status_code for answer in await asyncio.gather(*waiting)} == {200}
+    assert max(most) == VideoLimits().decode_processes
 
 
 # What is a clip
