@@ -314,6 +314,16 @@ async def test_clip_of_a_browsers_recorder_is_read(http: httpx2.AsyncClient) -> 
     assert answer["usage"]["images"][0]["frames"] == 4
 
 
+async def test_response_about_a_clip_is_that_of_a_chat_completion(http: httpx2.AsyncClient) -> None:
+    part = frames_part(frames(4))
+    content = [part, {"type": "input_text", "text": "What?"}]
+    message = {"type": "message", "role": "user", "content": content}
+    request = {"model": "tiny", "input": [message], "max_output_tokens": 6}
+    answer = (await http.post("/v1/responses", json=request)).raise_for_status().json()
+    chat = (await http.post(URL, json=body(part, "What?"))).raise_for_status().json()
+    assert answer["output"][0]["content"][0]["text"] == chat["choices"][0]["message"]["content"]
+
+
 async def test_frames_between_commas_are_a_clip_as_vllm_sends_it(http: httpx2.AsyncClient) -> None:
     shown = [png(image) for image in frames(4)]
     url = "data:video/jpeg;base64," + ",".join(base64.b64encode(one).decode() for one in shown)

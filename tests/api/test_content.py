@@ -99,7 +99,7 @@ async def test_content_hash_alone_names_an_image_that_is_kept(http: httpx2.Async
     assert named["choices"] == sent["choices"]
 
 
-async def test_image_behind_a_url_is_answered_as_its_bytes(serve: Callable[..., Service]) -> None:
+async def test_image_or_frame_behind_a_url_is_answered_as_its_bytes(serve: Callable[..., Service]) -> None:
     async def resolve(host: str, port: int) -> list[str]:
         return ["93.184.215.14"]
 
@@ -110,6 +110,9 @@ async def test_image_behind_a_url_is_answered_as_its_bytes(serve: Callable[..., 
     assert (await ask(service.http, part, "What?"))["choices"] == (
         await ask(service.http, image_part(picture()), "What?")
     )["choices"]
+    clips = [{"type": "video", "video": [url, url]} for url in ("https://example.org/a.png", data_url(picture()))]
+    fetched, sent = [(await ask(service.http, clip, "What?"))["usage"]["images"][0] for clip in clips]
+    assert (fetched["id"], fetched["frames"], sent["cached_grids"]) == (sent["id"], 2, 1)
     refused = await service.http.post(
         URL, json=body({"type": "image_url", "image_url": {"url": "https://example.com/a.png"}})
     )
