@@ -315,7 +315,7 @@ class TieredCache:
 
     async def get_many(self, wanted: Mapping[str, EmbeddingSpec]) -> dict[str, CacheHit]:
         for key, spec in wanted.items():
-            self._lookups.record(key, _payload_bytes(spec))
+            self._lookups.record(key, spec.num_bytes)
         found = {key: self._get_local(key, spec) for key, spec in wanted.items() if not self._is_quarantined(key)}
         if self._remote is not None:
             missing = [key for key, hit in found.items() if hit is None]
@@ -348,7 +348,7 @@ class TieredCache:
         # Only help while replicas change and requests for one image reach two of them. What cannot be told is a claim.
         if self._remote is None or self._is_quarantined(key):
             return True
-        return await self._remote.lease(key, holder, _LEASE_S, _payload_bytes(spec) + _MAX_FRAME_OVERHEAD)
+        return await self._remote.lease(key, holder, _LEASE_S, spec.num_bytes + _MAX_FRAME_OVERHEAD)
 
     async def wait_for(self, key: str, spec: EmbeddingSpec, holder: str) -> CacheHit | None:
         while self._remote is not None:
@@ -451,7 +451,7 @@ class TieredCache:
 
     async def _get_remote(self, remote: RemoteTier, key: str, spec: EmbeddingSpec) -> CacheHit | None:
         since = self.moment
-        data = await remote.get(key, _payload_bytes(spec) + _MAX_FRAME_OVERHEAD)
+        data = await remote.get(key, spec.num_bytes + _MAX_FRAME_OVERHEAD)
         if data is None:
             return None
         embedding = _checked(key, Entry(data, None), spec, self.seal)
@@ -473,10 +473,6 @@ def _checked(key: str, entry: Entry, spec: EmbeddingSpec, seal: Seal) -> VisionE
         metrics.cache_rejected.inc(tags={"reason": exc.reason})
         return None
     return entry.embedding
-
-
-def _payload_bytes(spec: EmbeddingSpec) -> int:
-    return sum(map(math.prod, spec.shapes.values())) * spec.dtype.itemsize
 
 
 @dataclass(slots=True)

@@ -1,5 +1,7 @@
 """The configuration that both services share. Each default is written here once; nothing changes after it is built."""
 
+import math
+from fractions import Fraction
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
@@ -40,6 +42,22 @@ class ImageLimits(Config):
     video: VideoLimits = VideoLimits()
 
 
+class TokenReduction(Config):
+    """Images in fewer tokens: a part of an embedding's rows is kept, which needs no training and changes answers."""
+
+    method: Literal["divprune", "random"] = Field(
+        description="`divprune`: rows as different from each other as can be; `random`: any, as a baseline"
+    )
+    ratio: float = Field(gt=0, le=1, description="share of the rows that is kept; 1 changes nothing")
+
+    def num_kept(self, num_rows: int) -> int:
+        """At least one."""
+        return math.ceil(Fraction(str(self.ratio)) * num_rows)
+
+    def __str__(self) -> str:
+        return f"{self.method}:{self.ratio}"
+
+
 class ModelConfig(Config):
     """Which model, and how it computes."""
 
@@ -65,6 +83,9 @@ class ModelConfig(Config):
     max_pixels: int | None = Field(None, ge=1, description="pixel budget of an image; default: the checkpoint's")
     max_frame_pixels: int | None = Field(
         None, ge=1, description="pixel budget of a frame of a clip; default: an image's, and no more than 768 tokens"
+    )
+    token_reduction: TokenReduction | None = Field(
+        None, description="{method: divprune, ratio: 0.5} keeps half of the rows of every image; default: all of them"
     )
     limits: ImageLimits = ImageLimits()
 

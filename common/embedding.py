@@ -38,7 +38,10 @@ _DIGEST_BYTES = 16
 _HEADER_FROM = _PREFIX.size + _DIGEST_BYTES
 _ALIGNMENT = 64
 _MAX_HEADER_BYTES = 64 * 1024
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KEPT = "kept"
+_DEEPSTACK = "deepstack_"
+_INDEX_DTYPE = torch.int32
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int32": _INDEX_DTYPE}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _FIELDS = {"key", "grid_thw", "tensors", "producer", "created", "encode_ms"}
 
@@ -74,7 +77,8 @@ class VisionEmbedding:
     """What the encoder says about one image or one temporal grid.
 
     `tensors["features"]` is `[N, hidden]`; with deepstack there are `deepstack_0 [N, hidden]`, ... too. `grid_thw` is
-    the patch grid behind the N rows. Tensors that came from `unpack()` share the packed buffer: do not write to them.
+    the patch grid behind the N rows. If these are a part of the image's rows, `kept [N, 1]`, int32, has their indices
+    among all of them, ascending. Tensors that came from `unpack()` share the packed buffer: do not write to them.
     """
 
     tensors: Mapping[str, Tensor]
@@ -92,7 +96,18 @@ class VisionEmbedding:
     @property
     def deepstack(self) -> list[Tensor]:
         """What is added to the rows behind the first decoder layers, one tensor for each of them."""
-        return [self.tensors[name] for name in deepstack_names(len(self.tensors) - 1)]
+        number = sum(name.startswith(_DEEPSTACK) for name in self.tensors)
+        return [self.tensors[name] for name in deepstack_names(number)]
+
+    @property
+    def kept(self) -> Tensor | None:
+        """Which rows these are, ascending, `[N]` in int64; None if no others were dropped."""
+        return self.tensors[KEPT].flatten().long() if KEPT in self.tensors else None
+
+    def rows(self, kept: Tensor) -> "VisionEmbedding":
+        """Those rows alone of a whole embedding, the same bits; `kept` is ascending."""
+        tensors = {name: tensor[kept.to(tensor.device)] for name, tensor in self.tensors.items()}
+        return replace(self, tensors=tensors | {KEPT: kept.to(_INDEX_DTYPE)[:, None]})
 
     @property
     def num_tokens(self) -> int:
@@ -101,11 +116,22 @@ class VisionEmbedding:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingSpec:
-    """What the embedding of an image of a known size must look like; an entry that differs is a miss."""
+    """What the embedding of an image of a known size must look like; an entry that differs is a miss.
+
+    If these are a part of the image's rows, `num_rows` is how many it has.
+    """
 
     grid_thw: Grid
     shapes: Mapping[str, tuple[int, ...]]
     dtype: torch.dtype
+    num_rows: int | None = None
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        return _INDEX_DTYPE if name == KEPT else self.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(math.prod(shape) * self.dtype_of(name).itemsize for name, shape in self.shapes.items())
 
     @property
     def num_tokens(self) -> int:
@@ -113,7 +139,7 @@ class EmbeddingSpec:
 
 
 def deepstack_names(number: int) -> list[str]:
-    return [f"deepstack_{index}" for index in range(number)]
+    return [f"{_DEEPSTACK}{index}" for index in range(number)]
 
 
 def _xxh3_digest(parts: Iterable[Buffer]) -> bytes:
@@ -211,8 +237,16 @@ def check(embedding: VisionEmbedding, spec: EmbeddingSpec) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in embedding.tensors.items()}
     if shapes != dict(spec.shapes):
         raise EmbeddingSpecError(f"the tensors are {shapes}, the image implies {dict(spec.shapes)}")
-    if any(tensor.dtype != spec.dtype for tensor in embedding.tensors.values()):
+    if any(tensor.dtype != spec.dtype_of(name) for name, tensor in embedding.tensors.items()):
         raise EmbeddingSpecError(f"the tensors are not all {spec.dtype}")
+    if spec.num_rows is not None and not _are_ascending(embedding.tensors[KEPT], spec.num_rows):
+        raise EmbeddingSpecError(f"the rows that are kept are not ascending ones of {spec.num_rows}")
+
+
+def _are_ascending(indices: Tensor, end: int) -> bool:
+    """All different, too, and from 0 up to `end`."""
+    bounded = torch.cat([indices.new_tensor([[-1]]), indices, indices.new_tensor([[end]])]).long()
+    return bool((bounded.diff(dim=0) > 0).all())
 
 
 def pinned(data: Buffer, embedding: VisionEmbedding) -> tuple[Buffer, VisionEmbedding]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from transformers.image_processing_utils import select_best_resolution
 
-from common.embedding import EmbeddingSpec, Grid, deepstack_names
+from common.config import TokenReduction
+from common.embedding import KEPT, EmbeddingSpec, Grid, deepstack_names
 from common.errors import InvalidRequestError
 
 # Text to be tokenized, and between it numbers of placeholder tokens, which stand for so many feature rows, in order.
@@ -52,14 +53,23 @@ class ImageGeometry(ABC):
     def layout(self, grid_thw: Grid) -> Layout:
         """What stands in the prompt for an image of this grid."""
 
-    def num_tokens(self, grid_thw: Grid) -> int:
-        """Rows of features, and so placeholder tokens."""
-        return sum(piece for piece in self.layout(grid_thw) if isinstance(piece, int))
+    def runs(self, grid_thw: Grid) -> list[int]:
+        """Rows of features, and so placeholder tokens, in each of the runs that text parts."""
+        return [piece for piece in self.layout(grid_thw) if isinstance(piece, int)]
 
-    def embedding_spec(self, grid_thw: Grid, dtype: torch.dtype) -> EmbeddingSpec:
-        shape = (self.num_tokens(grid_thw), self.hidden_size)
+    def num_tokens(self, grid_thw: Grid) -> int:
+        return sum(self.runs(grid_thw))
+
+    def embedding_spec(
+        self, grid_thw: Grid, dtype: torch.dtype, reduction: TokenReduction | None = None
+    ) -> EmbeddingSpec:
         names = ["features", *deepstack_names(self.num_deepstack)]
-        return EmbeddingSpec(grid_thw=grid_thw, shapes=dict.fromkeys(names, shape), dtype=dtype)
+        runs = self.runs(grid_thw)
+        if reduction is None:
+            return EmbeddingSpec(grid_thw, dict.fromkeys(names, (sum(runs), self.hidden_size)), dtype)
+        num_kept = sum(map(reduction.num_kept, runs))
+        shapes = dict.fromkeys(names, (num_kept, self.hidden_size)) | {KEPT: (num_kept, 1)}
+        return EmbeddingSpec(grid_thw, shapes, dtype, num_rows=sum(runs))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

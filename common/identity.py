@@ -59,6 +59,11 @@ def image_of(key: str) -> str:
     return key.partition(":")[2].partition(":")[0]
 
 
+def params_of(key: str) -> str:
+    """The params in a cache key."""
+    return key.partition(":")[2].partition(":")[2]
+
+
 def system_fingerprint(
     *, vision: EmbeddingNamespace, language_weights: str, mrope_rule: str, decoder: str, versions: str
 ) -> str:

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 from PIL import ExifTags, Image, PngImagePlugin
 
-from common.config import MIB, ImageLimits
+from common.config import MIB, ImageLimits, TokenReduction
 from common.embedding import Grid
 from common.errors import DeadlineExceededError, InvalidRequestError, PayloadTooLargeError
 from common.frames import Frame, RgbFrame, unpack_frames
 from common.geometry import ImageGeometry
 from common.identity import mm_hash
 
+_REDUCTION = "reduction"
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 # Limits are ours and are checked before anything is decoded; Pillow's own limit would hide the size from the message.
@@ -32,9 +33,9 @@ _PACKED_CHUNKS = (b"iCCP", b"iTXt", b"zTXt")
 class MediaParams:
     """What features depend on besides the bytes and the namespace. Part of the key.
 
-    That is the pixel budget; for some families also whether the image is `alone` in its prompt, or an `instruction`,
-    the text of the prompt. A temporal grid of a clip has two `frames`, which the bytes hold as `common.frames` packs
-    them; the budget is that of each.
+    That is the pixel budget and the `reduction`, if a part of the tokens is kept only; for some families also whether
+    the image is `alone` in its prompt, or an `instruction`, the text of the prompt. A temporal grid of a clip has two
+    `frames`, which the bytes hold as `common.frames` packs them; the budget is that of each.
     """
 
     min_pixels: int
@@ -42,6 +43,7 @@ class MediaParams:
     alone: bool = True
     instruction: str = ""
     frames: int = 1
+    reduction: TokenReduction | None = None
 
     def grid(self, geometry: ImageGeometry, height: int, width: int) -> Grid:
         """The grid of an image of this displayed size, in pixels, under these params."""
@@ -51,7 +53,18 @@ class MediaParams:
         among = "" if self.alone else ",among=others"
         instruction = f",instruction={mm_hash(self.instruction.encode())}" if self.instruction else ""
         frames = f",frames={self.frames}" if self.frames > 1 else ""
-        return f"max_pixels={self.max_pixels},min_pixels={self.min_pixels}{among}{instruction}{frames}"
+        reduction = f",{_REDUCTION}={self.reduction}" if self.reduction else ""
+        return f"max_pixels={self.max_pixels},min_pixels={self.min_pixels}{among}{instruction}{frames}{reduction}"
+
+
+def reduction_of(params: str) -> TokenReduction | None:
+    """That of `MediaParams`, from how they are written in a key."""
+    for field in params.split(","):
+        name, _, value = field.partition("=")
+        if name == _REDUCTION:
+            method, _, ratio = value.partition(":")
+            return TokenReduction.model_validate({"method": method, "ratio": ratio})
+    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,9 @@
 """Binds the deployments into one application; the only place that knows all packages."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from ray import serve
 
 from common.checkpoint import load_config
@@ -31,6 +31,12 @@ class AppConfig(Config):
     backend: Literal["split", "transformers"] = Field(
         "split", description="`transformers`: the one-piece model in the `llm` deployment alone, as a baseline"
     )
+
+    @model_validator(mode="after")
+    def _baseline_is_whole(self) -> Self:
+        if self.backend == "transformers" and self.model.token_reduction is not None:
+            raise ValueError("model.token_reduction is for the split service, not for the transformers backend")
+        return self
 
 
 def build_app(config: AppConfig) -> serve.Application:

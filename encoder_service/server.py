@@ -24,6 +24,7 @@ from encoder_service.batcher import Batcher
 from encoder_service.config import EncoderConfig
 from encoder_service.encoder import Preprocessed, VisionEncoder, load_preprocessor
 from encoder_service.pixel_alias import PixelAlias, pixel_digest
+from encoder_service.reduction import reduce_tokens
 
 T = TypeVar("T")
 
@@ -163,7 +164,8 @@ class EncoderServer:
     async def _encode(self, item: MediaItem) -> VisionEmbedding:
         item.check_deadline()
         self._check_room()
-        num_tokens = self._spec(item).num_tokens
+        runs = self._geometry.runs(self._spec(item).grid_thw)
+        num_tokens = sum(runs)
         with self._encoding.holding(num_tokens):
             with self._preprocessing.holding(num_tokens), span("preprocess", image=item.mm_hash):
                 image, preprocess_ms = await self._on_thread(self._preprocess_and_time, item)
@@ -172,6 +174,8 @@ class EncoderServer:
                 embedding = await self._batcher.submit(image)
         self._preprocessing.note(num_tokens, preprocess_ms / 1000)
         self._encoding.note(num_tokens, embedding.encode_ms / 1000)
+        if item.params.reduction is not None:
+            embedding = await self._on_thread(reduce_tokens, embedding, item.params.reduction, runs)
         self.num_encoded += 1
         metrics.images_encoded.inc()
         return dataclasses.replace(embedding, encode_ms=preprocess_ms + embedding.encode_ms)
@@ -201,7 +205,7 @@ class EncoderServer:
 
     def _spec(self, item: MediaItem) -> EmbeddingSpec:
         grid = item.params.grid(self._geometry, *item.displayed_size(self._limits))
-        return self._geometry.embedding_spec(grid, self._dtype)
+        return self._geometry.embedding_spec(grid, self._dtype, item.params.reduction)
 
 
 async def _soon(answer: Awaitable[T]) -> T | None:

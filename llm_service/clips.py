@@ -94,7 +94,7 @@ class ClipLibrary:
         )
         min_pixels = min(params.min_pixels, max_pixels)
         self._geometry = geometry
-        self._params = MediaParams(min_pixels, max_pixels, frames=FRAMES_PER_GRID)
+        self._params = MediaParams(min_pixels, max_pixels, frames=FRAMES_PER_GRID, reduction=params.reduction)
         self._limits = limits
         self._pool = ThreadPoolExecutor(limits.video.decode_processes, thread_name_prefix="clips")
         self._read: weakref.WeakKeyDictionary[ClipPart, Clip] = weakref.WeakKeyDictionary()

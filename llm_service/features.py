@@ -167,7 +167,7 @@ class FeatureSource:
 
     def _spec(self, image: ImageRequest, namespace: EmbeddingNamespace) -> EmbeddingSpec:
         dtype = getattr(torch, namespace.dtype)
-        return self._geometry.embedding_spec(image.grid_thw, dtype)
+        return self._geometry.embedding_spec(image.grid_thw, dtype, image.item.params.reduction)
 
 
 def embedding_key(namespace: EmbeddingNamespace, item: MediaItem) -> str:

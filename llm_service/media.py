@@ -2,16 +2,16 @@
 
 import asyncio
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from common import metrics
 from common.cache import EmbeddingCache
-from common.config import ImageLimits
+from common.config import ImageLimits, TokenReduction
 from common.embedding import Buffer, EmbeddingFormatError, EmbeddingSpec, Grid, check, unpack
 from common.errors import (
     ConflictError,
@@ -20,8 +20,8 @@ from common.errors import (
     UnavailableError,
 )
 from common.geometry import ImageGeometry
-from common.identity import image_of, mm_hash
-from common.media import ImageHeader, MediaItem, MediaParams, image_header
+from common.identity import image_of, mm_hash, params_of
+from common.media import ImageHeader, MediaItem, MediaParams, image_header, reduction_of
 from common.media_store import DeletionWatcher, MediaRecord, MediaStore, discard_from, media_id_of
 from llm_service.admission import ANYONE, RequestContext
 from llm_service.answer_cache import AnswerCache
@@ -306,29 +306,30 @@ class MediaLibrary:
     async def _keep(
         self, request: ImageRequest, header: ImageHeader, ttl_s: float | None, pin: bool | None
     ) -> MediaRecord:
-        spec = await self._spec(request.grid_thw)
+        spec = await self._spec(request.grid_thw, request.item.params.reduction)
         return await self.store.add(
             request.item.data,
             header,
             tenant=request.item.tenant,
-            embedding_bytes=sum(map(math.prod, spec.shapes.values())) * spec.dtype.itemsize,
+            embedding_bytes=spec.num_bytes,
             ttl_s=ttl_s,
             pin=pin,
         )
 
     async def _status(self, record: MediaRecord) -> MediaStatus:
         request = self._managed(record, "auto", "media_id", ALONE)
-        spec = await self._spec(request.grid_thw)
+        spec = await self._spec(request.grid_thw, request.item.params.reduction)
         return MediaStatus(record, spec.num_tokens, request.grid_thw, await self.tiers(request))
 
-    async def _spec(self, grid: Grid) -> EmbeddingSpec:
-        return self._geometry.embedding_spec(grid, getattr(torch, (await self._features.namespace()).dtype))
+    async def _spec(self, grid: Grid, reduction: TokenReduction | None) -> EmbeddingSpec:
+        dtype = getattr(torch, (await self._features.namespace()).dtype)
+        return self._geometry.embedding_spec(grid, dtype, reduction)
 
     async def _is_sound(self, key: str, frame: Buffer) -> bool:
         try:
             embedding = await asyncio.to_thread(unpack, frame, key=key, seal=self._cache.seal)
-            check(embedding, await self._spec(embedding.grid_thw))
-        except (EmbeddingFormatError, InvalidRequestError):
+            check(embedding, await self._spec(embedding.grid_thw, reduction_of(params_of(key))))
+        except (EmbeddingFormatError, InvalidRequestError, ValidationError):
             return False
         return True
 

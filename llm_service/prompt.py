@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from common.config import TokenReduction
 from common.embedding import Grid
 from common.errors import InvalidRequestError
 from common.families import MropeRule, family_of, mrope_positions
@@ -28,6 +30,8 @@ class EngineInput:
 
     `placeholders` has for each image, and for each temporal grid of a clip, in order, the ranges of its rows, in order:
     several where text parts an image's tiles. `intervals` are the steps between temporal grids, 1 for images.
+    Where a part of the rows is kept only, `whole` is the prompt with all of them. How many are kept follows from the
+    size of an image, which ones is known when it is encoded; until then positions are those of the first.
     """
 
     token_ids: list[int]
@@ -35,6 +39,7 @@ class EngineInput:
     next_position: int
     placeholders: list[list[PlaceholderRange]]
     intervals: list[float]
+    whole: "EngineInput | None" = None
 
     @property
     def num_positions(self) -> int:
@@ -59,11 +64,59 @@ class TemplateOptions:
 PLAIN = TemplateOptions()
 
 
+def keep_rows(whole: EngineInput, kept: Sequence[Tensor], *, uses_mrope: bool) -> EngineInput:
+    """The prompt with `kept` rows of each image only, ascending indices among its rows.
+
+    With M-RoPE the rows and the text after them stay at the positions of the whole; others count what is there.
+    """
+    stays = torch.ones(len(whole.token_ids), dtype=torch.bool)
+    placeholders = []
+    num_dropped = 0
+    for ranges, rows in zip(whole.placeholders, kept, strict=True):
+        left = []
+        first = 0  # row of the image at the start of a range
+        for place in ranges:
+            within = rows[(rows >= first) & (rows < first + place.length)] - first
+            stays[place.offset : place.offset + place.length] = False
+            stays[place.offset + within] = True
+            left.append(PlaceholderRange(place.offset - num_dropped, len(within)))
+            num_dropped += place.length - len(within)
+            first += place.length
+        placeholders.append(left)
+    token_ids = torch.tensor(whole.token_ids)[stays].tolist()
+    if uses_mrope:
+        positions, next_position = whole.positions[:, stays], whole.next_position
+    else:
+        positions, next_position = torch.arange(len(token_ids)).expand(3, -1), len(token_ids)
+    return dataclasses.replace(
+        whole,
+        token_ids=token_ids,
+        positions=positions,
+        next_position=next_position,
+        placeholders=placeholders,
+        whole=whole,
+    )
+
+
+def first_rows(ranges: Sequence[PlaceholderRange], reduction: TokenReduction | None) -> Tensor:
+    """As many rows of an image as will be kept of each range."""
+    lengths = [place.length for place in ranges]
+    numbers = lengths if reduction is None else map(reduction.num_kept, lengths)
+    starts = accumulate([0, *lengths[:-1]])
+    return torch.cat([start + torch.arange(number) for start, number in zip(starts, numbers, strict=True)])
+
+
 class PromptProcessor:
     """Lays a conversation out in tokens, from text and image sizes alone."""
 
     def __init__(
-        self, directory: Path, config: Any, geometry: ImageGeometry, mrope_rule: MropeRule, max_model_len: int
+        self,
+        directory: Path,
+        config: Any,
+        geometry: ImageGeometry,
+        mrope_rule: MropeRule,
+        max_model_len: int,
+        reduction: TokenReduction | None = None,
     ) -> None:
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
         self.family = family_of(config)
@@ -75,6 +128,7 @@ class PromptProcessor:
         self._geometry = geometry
         self._mrope_rule = mrope_rule
         self._max_model_len = max_model_len
+        self._reduction = reduction
 
     def __call__(
         self, messages: Sequence[ChatMessage], shapes: Sequence[Grid | ClipShape], template: TemplateOptions = PLAIN
@@ -109,11 +163,13 @@ class PromptProcessor:
     def lay_out(self, template_ids: Sequence[int], shapes: Sequence[Grid | ClipShape] = ()) -> EngineInput:
         """Tokens in which each image or clip is one placeholder still."""
         found = self._expander(template_ids, shapes)
-        num_tokens = len(found.token_ids)
+        num_image_tokens = sum(place.length for ranges in found.placeholders for place in ranges)
+        kept = [first_rows(ranges, self._reduction) for ranges in found.placeholders]
+        num_dropped = num_image_tokens - sum(map(len, kept))
+        num_tokens = len(found.token_ids) - num_dropped
         if num_tokens >= self._max_model_len:
-            num_image_tokens = sum(placeholder.length for ranges in found.placeholders for placeholder in ranges)
             raise InvalidRequestError(
-                f"the prompt has {num_tokens} tokens, {num_image_tokens} of them of images; "
+                f"the prompt has {num_tokens} tokens, {num_image_tokens - num_dropped} of them of images; "
                 f"prompt and answer must fit into {self._max_model_len} (engine.max_model_len)",
                 param="messages",
                 code="context_length_exceeded",
@@ -124,15 +180,23 @@ class PromptProcessor:
                 found.token_ids, found.items, merge_size=self._geometry.merge_size, rule=self._mrope_rule
             )
         else:
-            positions, next_position = torch.arange(num_tokens).expand(3, -1), num_tokens
-        if next_position >= self._max_model_len:
+            next_position = len(found.token_ids)
+            positions = torch.arange(next_position).expand(3, -1)
+        prompt = EngineInput(found.token_ids, positions, next_position, found.placeholders, found.intervals)
+        if num_dropped:
+            prompt = self.with_rows(prompt, kept)
+        if prompt.next_position >= self._max_model_len:
             raise InvalidRequestError(
-                f"the time of the clips takes the prompt to position {next_position}; prompt and answer must fit into "
-                f"{self._max_model_len} (engine.max_model_len)",
+                f"the time of the clips takes the prompt to position {prompt.next_position}; prompt and answer must "
+                f"fit into {self._max_model_len} (engine.max_model_len)",
                 param="messages",
                 code="context_length_exceeded",
             )
-        return EngineInput(found.token_ids, positions, next_position, found.placeholders, found.intervals)
+        return prompt
+
+    def with_rows(self, prompt: EngineInput, kept: Sequence[Tensor]) -> EngineInput:
+        """See `keep_rows()`."""
+        return keep_rows(prompt.whole or prompt, kept, uses_mrope=self.family.uses_mrope)
 
     def instruction(self, messages: Sequence[ChatMessage]) -> str:
         """The text that features depend on; empty for most families."""

@@ -13,12 +13,13 @@ from typing import Any, Protocol, cast, get_args
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import GenerationConfig
 
 from common import metrics
 from common.cache import EmbeddingCache
 from common.checkpoint import LoadedHalf, checkpoint_directory, device_capability, load_geometry, load_half
-from common.config import CacheConfig, ModelConfig
+from common.config import CacheConfig, ModelConfig, TokenReduction
 from common.embedding import Grid, VisionEmbedding
 from common.errors import InvalidRequestError, ModelNotFoundError, UnavailableError
 from common.families import MropeRule, clip_rule_of
@@ -122,7 +123,7 @@ class ImageReceipt:
 
     `source` is `local`, `redis`, `encoder`, or `answer` when the whole answer was known and no embedding was needed; of
     a clip the slowest. `encode_ms` is what encoding it took, be it now or long ago. A clip has `grids`, of which
-    `cached_grids` were found.
+    `cached_grids` were found. With a `reduction` the tokens were `whole_tokens`.
     """
 
     id: str
@@ -134,6 +135,8 @@ class ImageReceipt:
     frames: int = 0
     grids: int = 0
     cached_grids: int = 0
+    whole_tokens: int = 0
+    reduction: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,13 +234,18 @@ class LLMServer:
                 f"model.min_pixels and model.max_pixels have no effect on {decoder.half.config.model_type!r}, whose "
                 "images all get the sizes of its preprocessor_config.json"
             )
+        reduction = token_reduction(model)
         params = MediaParams(
-            min_pixels=model.min_pixels or geometry.min_pixels, max_pixels=model.max_pixels or geometry.max_pixels
+            min_pixels=model.min_pixels or geometry.min_pixels,
+            max_pixels=model.max_pixels or geometry.max_pixels,
+            reduction=reduction,
         )
         self._mrope_rule = mrope_rule
         self._decoder = decoder_description(model, decoder.half.device, engine_config)
         self._language_weights = decoder.half.digest
-        self.prompt = PromptProcessor(directory, decoder.half.config, geometry, mrope_rule, self.max_model_len)
+        self.prompt = PromptProcessor(
+            directory, decoder.half.config, geometry, mrope_rule, self.max_model_len, reduction
+        )
         self.token_texts = TokenTexts(self.prompt.tokenizer)
         self._grammars = GrammarCompiler(
             self.prompt.tokenizer, vocab_size=decoder.vocab_size, eos_token_ids=self.eos_token_ids
@@ -377,9 +385,10 @@ class LLMServer:
             key = await self._answer_key(fingerprint, prompt, images, sampling_params, options, salt)
         if (answer := await self._known_answer(key)) is not None:
             count_known_answer(images)
+            counts = zip(prompt.num_tokens_of_images, (prompt.whole or prompt).num_tokens_of_images, strict=True)
             known = [
-                ImageReceipt(image.item.mm_hash, num_tokens, "answer")
-                for image, num_tokens in zip(images, prompt.num_tokens_of_images, strict=True)
+                ImageReceipt(image.item.mm_hash, kept, "answer", whole_tokens=whole, reduction=_reduction_of(image))
+                for image, (kept, whole) in zip(images, counts, strict=True)
             ]
             receipts = _receipts(visuals, known)
             request = _engine_request(request_id, prompt, sampling_params, [], salt)  # the engine never sees it
@@ -391,6 +400,8 @@ class LLMServer:
             self.costs.note(found.source, found.embedding.num_tokens, found.wait_ms)
         self.media.pin_again(images, features)
         used_fingerprint = await self.fingerprint()
+        if prompt.whole is not None:
+            prompt = self.prompt.with_rows(prompt, [kept_rows(found.embedding) for found in features])
         mm_features = _mm_features(prompt, features)
         request, *forks = (
             _engine_request(
@@ -407,7 +418,10 @@ class LLMServer:
             request=request,
             forks=forks,
             options=options,
-            receipts=_receipts(visuals, list(map(_receipt, images, features))),
+            receipts=_receipts(
+                visuals,
+                list(map(_receipt, images, features, (prompt.whole or prompt).num_tokens_of_images)),
+            ),
             fingerprint=used_fingerprint,
             # an encoder with other weights may have answered
             answer_key=key if used_fingerprint == fingerprint else None,
@@ -621,7 +635,15 @@ def position_rule(model: ModelConfig, config: Any) -> MropeRule:
 def decoder_description(model: ModelConfig, device: torch.device, config: EngineConfig) -> str:
     """What the bits of a logit depend on besides weights and versions."""
     chunks = f", prefill chunks of {config.prefill_chunk_size}" if model.numerics == "exact" else ""
-    return f"{device_capability(device)}{chunks}"
+    reduction = token_reduction(model)
+    kept = f", token reduction {reduction}" if reduction is not None else ""
+    return f"{device_capability(device)}{chunks}{kept}"
+
+
+def token_reduction(model: ModelConfig) -> TokenReduction | None:
+    """None as well where everything is kept, so that keys and bits are those without."""
+    reduction = model.token_reduction
+    return None if reduction is None or reduction.ratio == 1 else reduction
 
 
 def library_versions() -> str:
@@ -653,9 +675,12 @@ def _mm_features(prompt: EngineInput, features: Sequence[ImageFeatures]) -> list
     parts = []
     for found, ranges, interval in zip(features, prompt.placeholders, prompt.intervals, strict=True):
         start = 0
+        known_by = found.key
+        if found.embedding.kept is not None:  # encoded again in `fast` numerics, others may have been chosen
+            known_by += "#" + framed_digest(str(found.embedding.kept.tolist()))
         for position in ranges:
             rows = slice(start, start + position.length)
-            key = found.key if len(ranges) == 1 else f"{found.key}#{start}"
+            key = known_by if len(ranges) == 1 else f"{known_by}#{start}"
             parts.append(MultiModalFeature(key, position, _part_of(found.embedding, rows), interval))
             start = rows.stop
     return parts
@@ -692,6 +717,12 @@ def _cache_salt(tenant: str, salt: str) -> str:
     return framed_digest(tenant, salt) if tenant or salt else ""
 
 
+def kept_rows(embedding: VisionEmbedding) -> Tensor:
+    """Of one that the spec has found to be reduced."""
+    assert embedding.kept is not None
+    return embedding.kept
+
+
 def _receipts(visuals: Sequence[Visual], receipts: Sequence[ImageReceipt]) -> list[ImageReceipt]:
     """One for each image and clip, from those of all images and temporal grids."""
     remaining = iter(receipts)
@@ -714,6 +745,8 @@ def _clip_receipt(clip: ClipRequest, grids: Sequence[ImageReceipt]) -> ImageRece
         frames=clip.num_frames,
         grids=len(grids),
         cached_grids=sum(grid.source != "encoder" for grid in grids),
+        whole_tokens=sum(grid.whole_tokens for grid in grids),
+        reduction=grids[0].reduction,
     )
 
 
@@ -721,8 +754,19 @@ def slowest(sources: Sequence[str]) -> str:
     return max(sources, key=_SOURCES.index)
 
 
-def _receipt(image: ImageRequest, found: ImageFeatures) -> ImageReceipt:
+def _receipt(image: ImageRequest, found: ImageFeatures, whole_tokens: int) -> ImageReceipt:
     embedding = found.embedding
     return ImageReceipt(
-        image.item.mm_hash, embedding.num_tokens, found.source, embedding.num_bytes, embedding.encode_ms, found.wait_ms
+        id=image.item.mm_hash,
+        tokens=embedding.num_tokens,
+        source=found.source,
+        num_bytes=embedding.num_bytes,
+        encode_ms=embedding.encode_ms,
+        wait_ms=found.wait_ms,
+        whole_tokens=whole_tokens,
+        reduction=_reduction_of(image),
     )
+
+
+def _reduction_of(image: ImageRequest) -> str:
+    return str(image.item.params.reduction or "")

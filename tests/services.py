@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.cache import LocalTier, TieredCache
-from common.config import ModelConfig
+from common.config import ModelConfig, TokenReduction
 from encoder_service.config import EncoderConfig
 from encoder_service.server import EncoderServer
 from llm_service.admission import ANYONE, RequestContext
@@ -21,8 +21,14 @@ MAX_TOKENS = 24
 class Services:
     """The two halves without Ray: the LLM service has nothing of the encoder but two methods."""
 
-    def __init__(self, checkpoint: Path, numerics: Literal["exact", "fast"] = "exact", **engine: int) -> None:
-        model = ModelConfig(path=str(checkpoint), served_name="tiny", numerics=numerics)
+    def __init__(
+        self,
+        checkpoint: Path,
+        numerics: Literal["exact", "fast"] = "exact",
+        reduction: TokenReduction | None = None,
+        **engine: int,
+    ) -> None:
+        model = ModelConfig(path=str(checkpoint), served_name="tiny", numerics=numerics, token_reduction=reduction)
         self.encoder = EncoderServer(model, EncoderConfig(), TieredCache(LocalTier(2**26), None))
         self.cache = TieredCache(LocalTier(2**26), None)
         self.llm = LLMServer(model, EngineConfig(**engine), self.cache, self.encoder)

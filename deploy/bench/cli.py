@@ -199,3 +199,19 @@ def scaling(
     )
     if not drill.run(application, wanted, callers=callers, hold_s=hold, output=output):
         raise typer.Exit(1)
+
+
+@bench.command()
+def reduction(
+    model: Annotated[Path, typer.Option(help="A checkpoint; by default the embedded one.")] = CHECKPOINT,
+    ratios: Annotated[str, typer.Option(help="Shares of the tokens of a picture that are kept.")] = "0.75,0.5,0.25",
+    questions_per_category: Annotated[int, typer.Option(min=2)] = 60,
+    processes: Annotated[int, typer.Option(min=1, help="Each uses one thread.")] = 2,
+    output: Annotated[Path, typer.Option(help="The figures.")] = Path("fovea-bench-reduction.json"),
+) -> None:
+    """Accuracy of the embedded model by method and ratio of `model.token_reduction`."""
+    from deploy.bench import reduction as accuracy
+    from deploy.bench.serving import numbers
+
+    with waiting("asking"):
+        accuracy.run(model, list(numbers(ratios, "--ratios")), questions_per_category, processes, output)

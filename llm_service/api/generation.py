@@ -203,7 +203,7 @@ class Generation:
 
 
 def image_receipts(receipts: Sequence[ImageReceipt]) -> list[dict[str, Any]]:
-    """Of each image and clip where its embedding came from, and what that cost."""
+    """Of each image and clip where its embedding came from, what that cost, and of how many tokens it kept these."""
     return [
         {
             "id": image.id,
@@ -213,6 +213,7 @@ def image_receipts(receipts: Sequence[ImageReceipt]) -> list[dict[str, Any]]:
             "encode_ms": round(image.encode_ms, 3),
             "wait_ms": round(image.wait_ms, 3),
             **_clip_fields(image),
+            **({"whole_tokens": image.whole_tokens, "reduction": image.reduction} if image.reduction else {}),
         }
         for image in receipts
     ]

@@ -163,7 +163,7 @@ class LLMEngine:
             offset, length = feature.position.offset, feature.position.length
             if not end <= offset <= offset + length <= num_tokens:
                 raise ValueError(f"{name} has an image at {offset} of length {length}, out of order or of its prompt")
-            for rows_ND in feature.embedding.tensors.values():
+            for rows_ND in (feature.embedding.features, *feature.embedding.deepstack):
                 if rows_ND.shape != (length, self.hidden_size):
                     raise ValueError(
                         f"{name} has features of shape {tuple(rows_ND.shape)} for {length} placeholders of hidden size "
