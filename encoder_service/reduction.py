@@ -1,5 +1,8 @@
 """Fewer rows for an image, chosen without training, after the encoder and before the cache."""
 
+import time
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -10,14 +13,19 @@ from common.embedding import VisionEmbedding
 
 
 def reduce_tokens(embedding: VisionEmbedding, reduction: TokenReduction, runs: list[int]) -> VisionEmbedding:
-    """Keeps a share of each run of rows. Rows that stay keep their bits, their order and, by index, their place."""
+    """Keeps a share of each run of rows. Rows that stay keep their bits, their order and, by index, their place.
+
+    Its time is a part of what the embedding has cost.
+    """
+    started = time.thread_time()
     kept = []
     start = 0
     for length in runs:
         features_ND = embedding.features[start : start + length]
         kept.append(start + _CHOICES[reduction.method](features_ND, reduction.num_kept(length)))
         start += length
-    return embedding.rows(torch.cat(kept))
+    elapsed_ms = (time.thread_time() - started) * 1000
+    return replace(embedding.rows(torch.cat(kept)), encode_ms=embedding.encode_ms + elapsed_ms)
 
 
 def random_rows(features_ND: Tensor, num_kept: int) -> Tensor:

@@ -47,7 +47,7 @@ def test_rows_that_stay_are_exact_rows_in_their_order_in_every_set(method: str, 
     assert [int((part.kept < 10).sum()), part.num_tokens] == [half(method, ratio).num_kept(10), len(part.kept)]
     assert torch.equal(part.features, whole.features[part.kept])
     assert all(map(torch.equal, part.deepstack, (rows[part.kept] for rows in whole.deepstack)))
-    assert (part.grid_thw, part.encode_ms, len(part.deepstack)) == (GRID, 2.0, 2)
+    assert (part.grid_thw, len(part.deepstack)) == (GRID, 2) and part.encode_ms >= whole.encode_ms
 
 
 def test_number_of_rows_is_the_share_of_each_run_rounded_up() -> None:
