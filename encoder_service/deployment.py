@@ -52,6 +52,7 @@ class EncoderDeployment:
 
     def check_health(self) -> None:
         """Called by Serve every few seconds."""
+        self._server.backlog()  # sets its gauge
         metrics.repeat_gauges()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
