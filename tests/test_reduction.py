@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText
 
 from common.config import ModelConfig, TokenReduction
 from common.embedding import EmbeddingFormatError, EmbeddingSpecError, Grid, VisionEmbedding, check, pack, unpack
+from common.errors import InvalidRequestError
 from common.geometry import PatchGeometry
 from common.media import MediaParams, reduction_of
 from deploy.app import AppConfig
@@ -244,6 +245,23 @@ async def test_usage_says_what_was_kept_and_of_how_many(tiny_checkpoint: Path) -
     (receipt,) = answer["usage"]["images"]
     assert (receipt["tokens"], receipt["whole_tokens"], receipt["reduction"]) == (6, 24, "divprune:0.25")
     assert answer["usage"]["prompt_tokens_details"]["image_tokens"] == 6
+
+
+async def test_reduced_embedding_is_exported_and_taken_back_for_its_own_key_only(tiny_checkpoint: Path) -> None:
+    services = Services(tiny_checkpoint, reduction=half("divprune"))
+    media = services.llm.media
+    key = (await media.warm(picture(112, 168))).key
+    frame = await media.export(key)
+    assert frame is not None and key.endswith("reduction=divprune:0.5")
+    await media.import_frame(key, bytes(frame))
+    for other in (
+        key.replace(":0.5", ":0.25"),
+        key.replace(",reduction=divprune:0.5", ""),
+        key.replace("divprune:0.5", "x"),
+    ):
+        with pytest.raises(InvalidRequestError, match="damaged or not of this model"):
+            await media.import_frame(other, pack(unpack(frame, key=key), key=other))
+    services.llm.engine.shutdown()
 
 
 async def test_prompt_may_be_as_long_as_what_is_kept(tiny_checkpoint: Path) -> None:

@@ -6,6 +6,7 @@ answer is compared, byte for byte, with the one to the picture itself before the
 of four ways: right, wrong, refused with an error that says so, or lost.
 """
 
+import io
 import itertools
 import json
 import threading
@@ -20,7 +21,8 @@ from typing import Any
 from deploy import service
 from deploy.bench import report
 from deploy.client import Client, ClientError
-from deploy.demo import QUESTIONS, draw
+from deploy.demo import PICTURES, QUESTIONS
+from deploy.shapes.scenes import render
 
 LOST_AFTER_S = 120.0
 MAX_TOKENS = 16
@@ -117,9 +119,12 @@ def run(config: dict[str, Any], counts: Sequence[int], *, callers: int, hold_s: 
 
 def known_answers(url: str) -> list[Asked]:
     """The demo's pictures and questions about one of them, with what the service says now."""
-    directory = draw()
-    pictures = {path.name: path.read_bytes() for path in directory.iterdir()}
-    single = [(pictures[question.pictures[0]], question.text) for question in QUESTIONS if len(question.pictures) == 1]
+    files = {}
+    for name, scene in PICTURES.items():
+        buffer = io.BytesIO()
+        render(scene).save(buffer, "PNG" if name.endswith(".png") else "JPEG")
+        files[name] = buffer.getvalue()
+    single = [(files[question.pictures[0]], question.text) for question in QUESTIONS if len(question.pictures) == 1]
     with Client(url) as client:
         answers = [client.ask([picture], text, temperature=0, max_tokens=MAX_TOKENS) for picture, text in single]
     return [Asked(picture, text, answer.text) for (picture, text), answer in zip(single, answers, strict=True)]

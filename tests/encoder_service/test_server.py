@@ -149,6 +149,14 @@ async def test_full_replica_refuses_before_it_decodes_and_has_room_when_callers_
     assert (server.num_encoded, server.stats()["backlog_images"], server.stats()["backlog_seconds"]) == (2, 0, 0)
 
 
+async def test_encoder_may_be_on_another_device_than_the_decoder(
+    tiny_checkpoint: Path, memory_cache: TieredCache
+) -> None:
+    model = ModelConfig(path=str(tiny_checkpoint), device="cuda")
+    server = EncoderServer(model, EncoderConfig(device="cpu"), memory_cache)
+    assert (await server.describe()).device.startswith("cpu/")
+
+
 def test_loading_one_half_costs_one_half(tmp_path: Path) -> None:
     """A generated checkpoint of 400 MiB: the peak grows by at most 1.15 times the half that is loaded."""
     script = Path(__file__).parent / "load_half_memory.py"
