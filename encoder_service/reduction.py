@@ -3,6 +3,7 @@
 import time
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,14 +38,14 @@ def diverse_rows(features_ND: Tensor, num_kept: int) -> Tensor:
     """DivPrune (Alvar et al., 2025, arXiv 2503.02175): greedily the row that is farthest, in cosine distance, from all
     rows chosen so far, beginning with the one whose nearest neighbour is farthest."""
     normed_ND = torch.nn.functional.normalize(features_ND.float(), dim=1)
-    distances_NN = (1 - normed_ND @ normed_ND.T).fill_diagonal_(torch.inf)
-    nearest_N = distances_NN.amin(0)
-    chosen: list[int] = []
-    for _ in range(num_kept):
-        row = int(nearest_N.argmax())
-        nearest_N = torch.minimum(nearest_N, distances_NN[row]) if chosen else distances_NN[row].clone()
-        chosen.append(row)
-        nearest_N[chosen] = -torch.inf
+    # The many small steps are numpy's, whose calls take less than the numbers.
+    distances_NN = (1 - normed_ND @ normed_ND.T).fill_diagonal_(torch.inf).cpu().numpy()
+    chosen = [int(distances_NN.min(0).argmax())]
+    nearest_N = distances_NN[chosen[0]].copy()
+    while len(chosen) < num_kept:
+        nearest_N[chosen[-1]] = -np.inf
+        chosen.append(int(nearest_N.argmax()))
+        np.minimum(nearest_N, distances_NN[chosen[-1]], out=nearest_N)
     return torch.tensor(sorted(chosen))
 
 
