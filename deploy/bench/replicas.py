@@ -56,6 +56,7 @@ def run(model: Path | None, settings: Settings, output: Path) -> None:
     """Without a `model`: the 2B shape with random weights on GPUs, the embedded one on CPUs."""
     rows: list[dict[str, Any]] = []
     with ray_cluster(print), _model(model, settings) as config:
+        serve.start(proxy_location="Disabled")  # nobody asks over HTTP
         for count in settings.counts:
             rate = _rate(config, settings, count)
             first = rows[0] if rows else {"replicas": count, "images/s": rate}
