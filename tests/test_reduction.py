@@ -280,3 +280,10 @@ def test_one_piece_backend_refuses_what_it_does_not_do(tiny_checkpoint: Path) ->
     model = ModelConfig(path=str(tiny_checkpoint), token_reduction=half("random"))
     with pytest.raises(ValueError, match=r"model.token_reduction is for the split service"):
         AppConfig(model=model, backend="transformers")
+
+
+async def test_prompt_that_is_too_long_with_what_is_kept_says_both_numbers(tiny_checkpoint: Path) -> None:
+    services = Services(tiny_checkpoint, reduction=half("random"), max_model_len=40)
+    with pytest.raises(InvalidRequestError, match=r"the prompt has \d+ tokens, 25 of them of images"):
+        await services.prepare("What?", [picture(200, 200)])
+    services.llm.engine.shutdown()
