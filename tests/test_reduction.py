@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
-from common.config import ModelConfig, TokenReduction
+from common.config import ImageLimits, ModelConfig, TokenReduction
 from common.embedding import EmbeddingFormatError, EmbeddingSpecError, Grid, VisionEmbedding, check, pack, unpack
 from common.errors import InvalidRequestError
 from common.geometry import PatchGeometry
@@ -20,6 +20,9 @@ from deploy.bench.reduction import ReducedModel
 from encoder_service.encoder import rows_of_images
 from encoder_service.reduction import reduce_tokens
 from llm_service.api.app import create_app
+from llm_service.chat import parse_messages
+from llm_service.server import GenerationOptions
+from tests.clips import frames, frames_part
 from tests.conftest import picture, write_tiny_checkpoint
 from tests.services import URL, Services, body, image_part
 from tests.test_equality import Reference as QwenReference
@@ -150,10 +153,16 @@ async def test_greedy_tokens_are_those_of_the_one_piece_model_shown_the_same_row
     services.llm.engine.shutdown()
 
 
-async def test_rows_keep_the_positions_that_they_have_in_the_whole_picture(checkpoint: Path) -> None:
+async def test_rows_of_clips_and_images_keep_the_positions_that_they_have_in_the_whole(checkpoint: Path) -> None:
     plain, reduced = Services(checkpoint), Services(checkpoint, reduction=half("divprune", 0.3))
-    images = [picture(120, 150, 1), picture(90, 60, 2)]
-    whole, part = [await services.prepare("What is left of it?", images) for services in (plain, reduced)]
+    clip, image = frames_part(frames(5, height=112, width=168), fps=2), image_part(picture(90, 60, 2))
+    messages = parse_messages(body(clip, "And", image, "Where?")["messages"], ImageLimits())
+    whole, part = [
+        await services.llm.prepare(messages, GenerationOptions(max_tokens=4), "x") for services in (plain, reduced)
+    ]
+    assert len(part.request.mm_features) == 4  # three temporal grids and an image
+    assert [receipt.whole_tokens for receipt in part.receipts] == [receipt.tokens for receipt in whole.receipts]
+    assert {receipt.reduction for receipt in part.receipts} == {"divprune:0.3"}
     dropped: list[int] = []
     for one, other in zip(whole.request.mm_features, part.request.mm_features, strict=True):
         kept = other.embedding.kept
