@@ -76,6 +76,29 @@ def test_clip_that_grows_by_two_frames_encodes_one_grid(client: Client, tmp_path
     assert [(receipt["grids"], receipt["cached_grids"]) for receipt in receipts] == [(30, 0), (31, 30)]
 
 
+def test_exported_metrics_agree_with_the_receipts_and_gauges_of_an_idle_service_are_0(url: str, client: Client) -> None:
+    """Ray's agent exports them some seconds later."""
+    client.ask([picture(70, 70, 77)], "Who?", max_tokens=2)
+    counters: dict[str, float] = httpx2.get(f"{url}/v1/cache").json()["counters"]
+    images = {name: value for name, value in counters.items() if name.startswith("fovea_images_total")}
+    found = sum(value for name, value in images.items() if 'source="encoder"' not in name)
+    assert 0 < found < sum(images.values())
+    wait_until(lambda: exported(url, "mm_cache_queries_total") == sum(images.values()), timeout_s=60)
+    assert exported(url, "mm_cache_hits_total") == found
+    assert exported(url, "images_total", 'source="encoder"') == sum(images.values()) - found
+    for gauge in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
+        wait_until(lambda gauge=gauge: exported(url, gauge) == 0, timeout_s=60)
+    times = [exported(url, f"{name}_count") for name in ("request_queue_time_seconds", "time_to_first_token_seconds")]
+    assert times[0] and times[0] == times[1]
+
+
+def exported(url: str, name: str, label: str = "") -> float | None:
+    """The sum over all replicas; None before there is any."""
+    lines = httpx2.get(f"{url}/metrics", timeout=10).text.splitlines()
+    values = [float(line.split()[-1]) for line in lines if line.startswith(f"ray_fovea_{name}{{") and label in line]
+    return sum(values) if values else None
+
+
 def test_client_that_leaves_frees_the_engine_for_others(url: str, client: Client) -> None:
     body = {
         "model": client.model(),
