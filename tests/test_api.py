@@ -287,6 +287,24 @@ async def test_error_in_a_stream_is_an_error_event() -> None:
     assert events[-1].endswith(b"data: [DONE]\n\n")
 
 
+async def test_what_is_ready_goes_out_in_one_write_and_no_more_is_made_than_a_slow_client_may_keep_waiting() -> None:
+    num_made = 0
+
+    async def chunks() -> AsyncIterator[dict[str, Any]]:
+        nonlocal num_made
+        for num_made in range(1, 1001):
+            yield {"n": num_made}
+
+    stream = Stream(chunks())
+    await stream.wait_for_first()
+    for _ in range(200):
+        await asyncio.sleep(0)
+    assert num_made == 64
+    writes = [events async for events in stream.events()]
+    assert writes[0].count(b"data: {") == 64
+    assert b"".join(writes) == b"".join(b'data: {"n":%d}\n\n' % n for n in range(1, 1001)) + b"data: [DONE]\n\n"
+
+
 async def test_client_that_leaves_aborts_its_request(services: Services) -> None:
     prepared = await services.prepare("Tell me.", [], max_tokens=4000)
     outputs = services.llm.generate(prepared)
