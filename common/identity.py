@@ -1,5 +1,6 @@
 """What makes two embeddings the same thing, and nothing else does."""
 
+import functools
 from dataclasses import dataclass, fields, replace
 
 import blake3
@@ -42,8 +43,7 @@ class EmbeddingNamespace:
     wire_version: int = WIRE_VERSION
 
     def __str__(self) -> str:
-        values = ((field.name, str(getattr(self, field.name))) for field in fields(self))
-        return framed_digest(*(text for pair in values for text in pair))
+        return _namespace_digest(self)
 
     def of(self, tenant: str) -> "EmbeddingNamespace":
         """The same for the embeddings of one tenant."""
@@ -52,6 +52,12 @@ class EmbeddingNamespace:
     def key(self, mm_hash: str, params: str) -> str:
         """The cache key of one image under these circumstances."""
         return f"{self}:{mm_hash}:{params}"
+
+
+@functools.lru_cache(maxsize=1024)  # every request needs it several times
+def _namespace_digest(namespace: EmbeddingNamespace) -> str:
+    values = ((field.name, str(getattr(namespace, field.name))) for field in fields(namespace))
+    return framed_digest(*(text for pair in values for text in pair))
 
 
 def image_of(key: str) -> str:
@@ -64,6 +70,7 @@ def params_of(key: str) -> str:
     return key.partition(":")[2].partition(":")[2]
 
 
+@functools.lru_cache(maxsize=64)
 def system_fingerprint(
     *, vision: EmbeddingNamespace, language_weights: str, mrope_rule: str, decoder: str, versions: str
 ) -> str:
