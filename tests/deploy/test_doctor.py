@@ -24,7 +24,7 @@ def test_healthy_machine_is_told_to_start(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 def test_anything_wrong_is_an_exit_status(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["doctor", "--model", str(tmp_path / "missing")])
-    assert result.exit_code == 1 and "is not a directory" in result.stdout.replace("\n", "")
+    assert result.exit_code == 1 and "is not a directory" in " ".join(result.stdout.split())
 
 
 def test_redis_that_does_not_answer_is_wrong_and_its_password_is_not_shown() -> None:
