@@ -64,7 +64,7 @@ def run(sizes: Sequence[int], seconds: float, output: Path) -> None:
                 tables["one image"].append(_steps(encoder, numerics, size, data))
                 rate = asyncio.run(_rate(server, data, seconds))
                 tables["images"].append({"by": numerics, "side": size, "images/s": rate})
-    tables["preprocessing"] = preprocessing_rows(sizes, rounds=5)
+    tables["preprocessing"] = preprocessing_rows(sizes, rounds=15)
     gpu = torch.cuda.get_device_name() if half.device.type == "cuda" else "none"
     titles = {
         "tower": "the tower alone: patches on the device to features there; `of products` is of 790 TFLOP/s",
@@ -207,8 +207,8 @@ def _server(model: ModelConfig, half: LoadedHalf, numerics: Numerics) -> Encoder
     return EncoderServer(model.model_copy(update={"numerics": numerics}), config, cache, half=_own(half))
 
 
-def _median_s(call: Callable[[], object], repeats: int = 7) -> float:
-    for _ in range(3):
+def _median_s(call: Callable[[], object], repeats: int = 5) -> float:
+    for _ in range(2):  # a grid that comes again gets a graph
         call()
     seconds = []
     for _ in range(repeats):

@@ -1,10 +1,9 @@
-"""`fovea bench preprocess`: decoded image to uint8 patches on one thread, beside transformers' PIL processor."""
+"""Decoded image to uint8 patches on one thread, beside transformers' PIL processor; a part of `fovea bench encoder`."""
 
 import io
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -15,19 +14,12 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from common.config import ImageBackend, ImageLimits
 from common.geometry import PatchGeometry
 from common.media import MediaParams
-from deploy.bench import report
 from encoder_service.preprocess import ImagePreprocessor, decode, pixel_values
 
 # the budget of the published Qwen2-VL checkpoints, under which no picture here is made smaller
 _PARAMS = MediaParams(min_pixels=56 * 56, max_pixels=12845056)
 _GEOMETRY = PatchGeometry(patch_size=14, merge_size=2, hidden_size=1536)
 _FRAMES = 2
-
-
-def run(sizes: Sequence[int], rounds: int, output: Path) -> None:
-    rows = preprocessing_rows(sizes, rounds)
-    report.show("Preprocessing on one thread, medians in ms of CPU time; `patches` is resize and patchify", rows)
-    report.write(output, {"circumstances": report.circumstances(), "rounds": rounds, "rows": rows})
 
 
 def preprocessing_rows(sizes: Sequence[int], rounds: int) -> list[dict[str, Any]]:
