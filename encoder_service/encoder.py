@@ -78,8 +78,11 @@ class VisionEncoder:
             preprocessing=preprocessor.fingerprint(),
             image_decoder=decoder_version(),
         )
-        if preprocessor.can_batch and half.device.type == "cuda" and half.dtype.itemsize == 2:
-            base: Any = base_of(half.model)
+
+    def speed_up(self) -> None:
+        """Puts our tower for GPUs into the model in place of transformers', which it changes. Nothing on a CPU."""
+        if self.preprocessor.can_batch and self.half.device.type == "cuda" and self.half.dtype.itemsize == 2:
+            base: Any = base_of(self.half.model)
             base.visual = VisionTower(base.visual, exact=not self.is_batched)
             base.visual.warm_up()
 

@@ -44,16 +44,20 @@ class EncoderServer:
         alias_store: MediaStore | None = None,
         half: LoadedHalf | None = None,
     ) -> None:
-        """With an `alias_store`, files with the same pixels share an embedding. `half` is loaded unless it is given."""
+        """With an `alias_store`, files with the same pixels share an embedding. `half` is loaded unless it is given; then
+        its model stays as it is."""
         if config.device is not None:
             model = model.model_copy(update={"device": config.device})
         torch.set_num_threads(model.num_threads)
+        is_own = half is None
         half = half or load_half(model, "vision")
         directory = checkpoint_directory(model)
         self._geometry = load_geometry(directory, half.config)
         self._limits = model.limits
         self._preprocess = load_preprocessor(directory, half.config, model.limits, model.image_backend)
         self._encoder = VisionEncoder(half, self._preprocess, model.numerics)
+        if is_own:
+            self._encoder.speed_up()
         self._dtype = half.dtype
         self._batcher = Batcher(self._encoder.encode, config)
         self._max_images = config.max_queued_images

@@ -56,7 +56,7 @@ def run(sizes: Sequence[int], seconds: float, output: Path) -> None:
             tables["images"].append(_transformers_rate(half, size, data, seconds))
         for numerics in NUMERICS:
             encoder = _encoder(model, half, numerics)
-            server = _server(model, half, numerics)
+            server = _server(model, encoder.half, numerics)
             for size, data in pictures.items():
                 num_patches = _grid(size)[1] * _grid(size)[2]
                 for count in {1, max(1, EncoderConfig().max_batch_patches // num_patches) if encoder.is_batched else 1}:
@@ -83,11 +83,6 @@ def _checkpoint(directory: Path) -> ModelConfig:
     budget = {"min_pixels": _PARAMS.min_pixels, "max_pixels": _PARAMS.max_pixels}
     (directory / "preprocessor_config.json").write_text(json.dumps(budget))
     return ModelConfig(path=str(directory), load_format="dummy")
-
-
-def _own(half: LoadedHalf) -> LoadedHalf:
-    """A copy, because an encoder on a GPU changes the modules of its model."""
-    return dataclasses.replace(half, model=copy.deepcopy(half.model))
 
 
 def _grid(size: int) -> Grid:
@@ -198,13 +193,16 @@ def _transformers_rate(half: LoadedHalf, size: int, data: bytes, seconds: float)
 
 def _encoder(model: ModelConfig, half: LoadedHalf, numerics: Numerics) -> VisionEncoder:
     preprocessor = load_preprocessor(Path(model.path), half.config, model.limits)
-    return VisionEncoder(_own(half), preprocessor, numerics)
+    own = dataclasses.replace(half, model=copy.deepcopy(half.model))  # which is changed
+    encoder = VisionEncoder(own, preprocessor, numerics)
+    encoder.speed_up()
+    return encoder
 
 
 def _server(model: ModelConfig, half: LoadedHalf, numerics: Numerics) -> EncoderServer:
     config = EncoderConfig(preprocess_threads=max(1, (os.cpu_count() or 1) - 2), max_queued_images=2 * _IN_FLIGHT)
     cache = TieredCache(LocalTier(256 * MIB), None)
-    return EncoderServer(model.model_copy(update={"numerics": numerics}), config, cache, half=_own(half))
+    return EncoderServer(model.model_copy(update={"numerics": numerics}), config, cache, half=half)
 
 
 def _median_s(call: Callable[[], object], repeats: int = 5) -> float:
