@@ -44,8 +44,8 @@ class EncoderServer:
         alias_store: MediaStore | None = None,
         half: LoadedHalf | None = None,
     ) -> None:
-        """With an `alias_store`, files with the same pixels share an embedding. `half` is loaded unless it is given; then
-        its model stays as it is."""
+        """With an `alias_store`, files with the same pixels share an embedding. A `half` that is given stays as it is;
+        otherwise it is loaded."""
         if config.device is not None:
             model = model.model_copy(update={"device": config.device})
         torch.set_num_threads(model.num_threads)
