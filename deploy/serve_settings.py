@@ -7,6 +7,7 @@ of deploy/Dockerfile is.
 import contextlib
 import importlib.util
 import os
+import random
 import shutil
 import socket
 import tempfile
@@ -31,6 +32,7 @@ _FILES = {
     "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "server-state",
     "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": "metrics.sock",
 }
+_PORT_RANGE = range(20000, 32768)  # above Ray's own for workers, below those that Linux takes for connections
 _SOCKETS_ROOT = "/tmp"  # paths of Unix sockets have at most 107 characters, and Serve adds a node's 56
 
 
@@ -60,9 +62,13 @@ def has_haproxy() -> bool:
 
 
 def free_ports(number: int) -> list[int]:
-    """Ports of this machine on which nothing listens at the moment."""
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
+    """Ports of this machine that nothing listens on, out of those that no system and not Ray hands out by itself: they
+    are still free when a service binds them seconds later."""
+    found: list[int] = []
+    for port in random.sample(_PORT_RANGE, len(_PORT_RANGE)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            found.append(port)
+        if len(found) == number:
+            return found
+    raise OSError(f"{number} free ports were needed between {_PORT_RANGE.start} and {_PORT_RANGE.stop}")
