@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,15 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
+from common.config import ImageLimits
+from common.errors import InvalidRequestError
+from llm_service.image_parts import decode_data_url
 from tests.api.conftest import Service
 from tests.conftest import picture
 
 _ADDRESS = re.compile(r"0x[0-9a-f]{8,}")
 SAMPLE, SOAK = 150, 5000
+LONG = 3_000_000
 
 IMAGE_URL = "data:image/png;base64," + base64.b64encode(picture(56, 56)).decode()
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
@@ -194,3 +199,23 @@ async def test_no_request_is_answered_with_a_5xx(service: Service) -> None:
 @pytest.mark.soak
 async def test_no_request_is_answered_with_a_5xx_thousands_of_times(service: Service) -> None:
     await hammer(service, SOAK)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "data:" + ";" * LONG,
+        "data:" + ";a" * (LONG // 2),
+        "data:" + ";base64" * (LONG // 7),
+        "data:image/png;base64," + "AA AA\n" * (LONG // 6) + "!",
+    ],
+    ids=lambda url: url[:28].strip(),
+)
+def test_a_long_data_url_costs_memory_of_its_own_length(url: str) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidRequestError):
+            decode_data_url(url, "image_url.url", ImageLimits())
+        assert tracemalloc.get_traced_memory()[1] < 4 * len(url)
+    finally:
+        tracemalloc.stop()
