@@ -71,10 +71,12 @@ class EncoderHandle:
         answer = asyncio.ensure_future(self._retry(call))
         try:
             while not (await asyncio.wait([answer], timeout=Outage.POLL_S))[0]:
-                await self._outage.check()
-            return await answer
+                self._outage.check()
+            found = await answer
         finally:
             answer.cancel()  # without effect on one that is there
+        self._outage.end()
+        return found
 
     async def _retry(self, call: Callable[[], Awaitable[T]]) -> T:
         try:
@@ -103,10 +105,12 @@ class EncoderHandle:
 class Outage:
     """Whether a deployment has had no running replica for too long, as Serve's controller says.
 
-    It is asked while calls wait, once for all of them, because Serve lets a call wait for a replica without end.
+    It is asked while calls wait and none is answered, once for all of them, because Serve lets a call wait for a
+    replica without end.
     """
 
     POLL_S = 0.5
+    FRESH_S = 2.0  # how long what was heard last is believed
     RETRY_AFTER_S = 5.0  # what callers are told; when there will be a replica again, nobody knows
 
     def __init__(self, application: str, deployment: str, wait_s: float) -> None:
@@ -114,27 +118,33 @@ class Outage:
         self._deployment = deployment
         self._wait_s = wait_s
         self._since: float | None = None  # when it was first seen that there is none
-        self._asked_at = -math.inf
+        self._heard_at = -math.inf
         self._asking: asyncio.Task[None] | None = None
 
-    async def check(self) -> None:
-        """Raises UnavailableError."""
-        if self._asking is None and time.monotonic() - self._asked_at > self.POLL_S:
+    def check(self) -> None:
+        """Raises UnavailableError. The controller is asked in the background, because it may take its time."""
+        now = time.monotonic()
+        if self._asking is None and now - self._heard_at > self.POLL_S:
             self._asking = asyncio.create_task(self._ask())
-        if self._asking is not None:
-            await asyncio.shield(self._asking)
-        if self._since is not None and time.monotonic() - self._since >= self._wait_s:
+        is_fresh = now - self._heard_at <= self.FRESH_S
+        if is_fresh and self._since is not None and now - self._since >= self._wait_s:
             raise UnavailableError(
                 "no encoder replica runs, so only images whose embeddings are cached can be answered",
                 code="encoder_unavailable",
                 retry_after_s=self.RETRY_AFTER_S,
             )
 
+    def end(self) -> None:
+        """A replica has answered."""
+        self._since = None
+        self._heard_at = time.monotonic()
+
     async def _ask(self) -> None:
         try:
             status = await asyncio.to_thread(serve.status)
         except Exception:  # the controller may be restarting, which says nothing about replicas
             logger.warning("Serve does not say which replicas run", exc_info=True)
+            self._since = None
         else:
             application = status.applications.get(self._application)
             found = None if application is None else application.deployments.get(self._deployment)
@@ -144,7 +154,7 @@ class Outage:
             elif self._since is None:
                 self._since = time.monotonic()
         finally:
-            self._asked_at = time.monotonic()
+            self._heard_at = time.monotonic()
             self._asking = None
 
 

@@ -1,6 +1,7 @@
 """How long a call of the encoder waits while none of its replicas runs."""
 
 import asyncio
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,10 +18,13 @@ class Controller:
     def __init__(self, **states: int) -> None:
         self.states: dict[str, int] | None = states
         self.is_down = False
+        self.answers = threading.Event()
+        self.answers.set()
         self.num_asked = 0
 
     def status(self) -> Any:
         self.num_asked += 1
+        self.answers.wait(timeout=30)
         if self.is_down:
             raise ConnectionError("restarting")
         deployment = SimpleNamespace(replica_states=self.states)
@@ -110,3 +114,49 @@ async def test_fast_answer_asks_nobody(controller: Controller) -> None:
     handle.routed.set()
     assert await EncoderHandle(handle, wait_s=0).describe() == "namespace"  # type: ignore[arg-type]
     assert controller.num_asked == 0
+
+
+async def test_answer_does_not_wait_for_a_controller_that_takes_its_time(controller: Controller) -> None:
+    controller.answers.clear()
+    handle = WaitingHandle()
+    call = asyncio.create_task(EncoderHandle(handle, wait_s=0).describe())  # type: ignore[arg-type]
+    async with asyncio.timeout(5):
+        while not controller.num_asked:  # noqa: ASYNC110  # counted by a thread
+            await asyncio.sleep(0.01)
+        handle.routed.set()
+        assert await call == "namespace"
+    assert controller.num_asked == 1
+    controller.answers.set()
+
+
+async def test_answer_ends_an_outage_and_the_next_one_is_waited_for_anew(controller: Controller) -> None:
+    controller.states = {}
+    handle = WaitingHandle()
+    encoder = EncoderHandle(handle, wait_s=1)  # type: ignore[arg-type]
+    loop = asyncio.get_running_loop()
+    for _ in range(2):
+        began = loop.time()
+        with pytest.raises(UnavailableError):
+            await encoder.describe()
+        assert loop.time() - began >= 1
+        handle.routed.set()
+        await encoder.describe()
+        handle.routed.clear()
+
+
+async def test_outage_of_long_ago_refuses_nobody_while_the_controller_restarts(
+    controller: Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Outage, "FRESH_S", 0.1)
+    controller.states = {}
+    handle = WaitingHandle()
+    encoder = EncoderHandle(handle, wait_s=0)  # type: ignore[arg-type]
+    with pytest.raises(UnavailableError):
+        await encoder.describe()
+    controller.is_down = True
+    await asyncio.sleep(0.3)
+    call = asyncio.create_task(encoder.describe())
+    await asyncio.sleep(0.2)
+    assert not call.done()
+    handle.routed.set()
+    assert await call == "namespace"
