@@ -12,7 +12,7 @@ import torch
 from common import metrics
 from common.cache import EmbeddingCache, SingleFlight
 from common.checkpoint import LoadedHalf, checkpoint_directory, load_geometry, load_half
-from common.config import ModelConfig
+from common.config import MIB, ModelConfig
 from common.embedding import EmbeddingSpec, VisionEmbedding, content_digest, pack, unpack
 from common.errors import InvalidRequestError, OverloadedError
 from common.identity import EmbeddingNamespace, mm_hash
@@ -30,6 +30,7 @@ T = TypeVar("T")
 
 _LOOKUP_S = 0.02
 _MAX_COPIES = 4  # of which an embedding is looked for
+_MAX_INLINE_BYTES = MIB  # to hash or copy more of an item would hold up the event loop
 
 
 class EncoderServer:
@@ -80,7 +81,7 @@ class EncoderServer:
 
         Raises InvalidRequestError for bad bytes, OverloadedError when too many images wait, and DeadlineExceededError.
         """
-        if mm_hash(item.data) != item.mm_hash:
+        if await self._beside(item, mm_hash, item.data) != item.mm_hash:
             raise InvalidRequestError("the image bytes do not match their mm_hash")
         self._params.add(str(item.params))
         key = self._encoder.namespace.of(item.tenant).key(item.mm_hash, str(item.params))
@@ -95,7 +96,7 @@ class EncoderServer:
         if namespace != str(self._encoder.namespace.of(item.tenant)):
             return None
         await self._batcher.idle()
-        embedding = await self._encode(item)
+        embedding = await self._encode(item, await self._beside(item, self._spec, item))
         is_right = await self._on_thread(content_digest, embedding) == digest
         if not is_right:
             self._cache.quarantine(namespace)
@@ -132,7 +133,7 @@ class EncoderServer:
         # The caller missed a moment ago, but another replica may have published the image since. A store that does not
         # answer has cost the caller its time already, so it is not waited for once more.
         since = self._cache.moment
-        spec = self._spec(item)
+        spec = await self._beside(item, self._spec, item)
         hits = await _soon(self._cache.get_many({key: spec}))
         hit = None if hits is None else hits.get(key)
         if hits is not None and hit is None and await _soon(self._cache.claim(key, spec, self._producer)) is False:
@@ -145,7 +146,7 @@ class EncoderServer:
             self._cache.put_local(key, data, packed, since=since)  # the shared tier has it already, as the copy's
             return data
         started = time.perf_counter()
-        embedding = await self._encode(item)
+        embedding = await self._encode(item, spec)
         data, packed = await self._on_thread(self._pack, key, embedding)
         metrics.encode_seconds.observe(time.perf_counter() - started)
         self._cache.put(key, data, packed, since=since)
@@ -165,10 +166,10 @@ class EncoderServer:
                 return hits[key].embedding
         return None
 
-    async def _encode(self, item: MediaItem) -> VisionEmbedding:
+    async def _encode(self, item: MediaItem, spec: EmbeddingSpec) -> VisionEmbedding:
         item.check_deadline()
         self._check_room()
-        runs = self._geometry.runs(self._spec(item).grid_thw)
+        runs = self._geometry.runs(spec.grid_thw)
         num_tokens = sum(runs)
         with self._encoding.holding(num_tokens):
             with self._preprocessing.holding(num_tokens), span("preprocess", image=item.mm_hash):
@@ -206,6 +207,12 @@ class EncoderServer:
 
     async def _on_thread(self, function: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+
+    async def _beside(self, item: MediaItem, function: Callable[..., T], *arguments: object) -> T:
+        """On a thread if the item is large, but not on one of those that decode, for which it would have to wait."""
+        if len(item.data) <= _MAX_INLINE_BYTES:
+            return function(*arguments)
+        return await asyncio.to_thread(function, *arguments)
 
     def _spec(self, item: MediaItem) -> EmbeddingSpec:
         grid = item.params.grid(self._geometry, *item.displayed_size(self._limits))

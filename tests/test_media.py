@@ -16,7 +16,7 @@ from PIL import Image
 from common import metrics
 from common.cache import EmbeddingCache, LocalTier, TieredCache
 from common.config import MIB, CacheConfig, ModelConfig
-from common.embedding import VisionEmbedding, pack, unpack
+from common.embedding import EmbeddingSpec, VisionEmbedding, pack, unpack
 from common.errors import UnavailableError
 from common.identity import mm_hash
 from common.local_redis import EMBEDDINGS, MEDIA, LocalRedis, RedisRole, find_redis_server
@@ -755,10 +755,10 @@ class Held:
         self._encode = encoder._encode
         monkeypatch.setattr(encoder, "_encode", self)
 
-    async def __call__(self, item: MediaItem) -> VisionEmbedding:
+    async def __call__(self, item: MediaItem, spec: EmbeddingSpec) -> VisionEmbedding:
         self.begun.set()
         await self.go_on.wait()
-        return await self._encode(item)
+        return await self._encode(item, spec)
 
 
 async def written(cache: EmbeddingCache) -> None:

@@ -115,7 +115,7 @@ async def test_embedding_of_a_copy_is_what_encoding_it_gives(encoder: Callable[.
     sharing, plain = encoder(), encoder(with_alias=False)
     for data in files_of(image_of(3)):
         shared = await reply_digest(sharing, data)
-        embedding = await plain._encode(item(data))
+        embedding = await plain._encode(item(data), plain._spec(item(data)))
         assert content_digest(embedding) == shared
 
 

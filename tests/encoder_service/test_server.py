@@ -1,11 +1,15 @@
 """The encoder service without Ray: real halves of a tiny model, a real cache tier."""
 
 import asyncio
+import dataclasses
 import io
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +21,8 @@ from common.cache import TieredCache
 from common.config import ModelConfig
 from common.embedding import unpack
 from common.errors import InvalidRequestError, OverloadedError
+from common.frames import pack_pixels
+from common.identity import mm_hash
 from common.media import MediaItem, MediaParams
 from encoder_service.batcher import Batcher
 from encoder_service.config import EncoderConfig
@@ -100,6 +106,27 @@ async def test_bytes_that_do_not_match_their_hash_are_refused(tiny_checkpoint: P
     server = encoder(tiny_checkpoint, memory_cache)
     with pytest.raises(InvalidRequestError, match="mm_hash"):
         await server.encode(MediaItem(picture(seed=1), MediaItem.of(picture(), PARAMS).mm_hash, PARAMS))
+
+
+async def test_large_grid_of_a_clip_is_hashed_and_measured_once_and_beside_the_event_loop(
+    tiny_checkpoint: Path, memory_cache: TieredCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = encoder(tiny_checkpoint, memory_cache)
+    frames = [bytes([shade]) * (3 * 600 * 600) for shade in (50, 60)]
+    item = MediaItem.of(pack_pixels(*frames, height=600, width=600), dataclasses.replace(PARAMS, frames=2))
+    called: list[tuple[str, bool]] = []
+
+    def noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: object) -> Any:
+            called.append((name, threading.current_thread() is threading.main_thread()))
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr("encoder_service.server.mm_hash", noted("hash", mm_hash))
+    monkeypatch.setattr(server, "_spec", noted("spec", server._spec))
+    await server.encode(item)
+    assert called == [("hash", False), ("spec", False)]
 
 
 async def test_images_that_nobody_waits_for_are_skipped() -> None:
