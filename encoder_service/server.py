@@ -1,9 +1,10 @@
 """One image from bytes to packed embedding: cache, join identical work, preprocess, batch, encode, publish. No Ray."""
 
 import asyncio
+import contextlib
 import dataclasses
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -96,7 +97,9 @@ class EncoderServer:
         if namespace != str(self._encoder.namespace.of(item.tenant)):
             return None
         await self._batcher.idle()
-        embedding = await self._encode(item, await self._beside(item, self._spec, item))
+        spec = await self._beside(item, self._spec, item)
+        with self._room(item, spec):
+            embedding = await self._encode(item, spec)
         is_right = await self._on_thread(content_digest, embedding) == digest
         if not is_right:
             self._cache.quarantine(namespace)
@@ -140,13 +143,14 @@ class EncoderServer:
             hit = await self._cache.wait_for(key, spec, self._producer)
         if hit is not None:
             return bytes(hit.data)  # itself, if it is that already
-        alias_store = self._alias_store if item.params.frames == 1 else None
-        if alias_store is not None and (copy := await self._copy(alias_store, item, spec)):
-            data, packed = await self._on_thread(self._pack, key, copy)
-            self._cache.put_local(key, data, packed, since=since)  # the shared tier has it already, as the copy's
-            return data
-        started = time.perf_counter()
-        embedding = await self._encode(item, spec)
+        with self._room(item, spec):
+            alias_store = self._alias_store if item.params.frames == 1 else None
+            if alias_store is not None and (copy := await self._copy(alias_store, item, spec)):
+                data, packed = await self._on_thread(self._pack, key, copy)
+                self._cache.put_local(key, data, packed, since=since)  # the shared tier has it already, as the copy's
+                return data
+            started = time.perf_counter()
+            embedding = await self._encode(item, spec)
         data, packed = await self._on_thread(self._pack, key, embedding)
         metrics.encode_seconds.observe(time.perf_counter() - started)
         self._cache.put(key, data, packed, since=since)
@@ -167,16 +171,13 @@ class EncoderServer:
         return None
 
     async def _encode(self, item: MediaItem, spec: EmbeddingSpec) -> VisionEmbedding:
-        item.check_deadline()
-        self._check_room()
         runs = self._geometry.runs(spec.grid_thw)
         num_tokens = sum(runs)
-        with self._encoding.holding(num_tokens):
-            with self._preprocessing.holding(num_tokens), span("preprocess", image=item.mm_hash):
-                image, preprocess_ms = await self._on_thread(self._preprocess_and_time, item)
-            item.check_deadline()
-            with span("vision", image=item.mm_hash):
-                embedding = await self._batcher.submit(image)
+        with self._preprocessing.holding(num_tokens), span("preprocess", image=item.mm_hash):
+            image, preprocess_ms = await self._on_thread(self._preprocess_and_time, item)
+        item.check_deadline()
+        with span("vision", image=item.mm_hash):
+            embedding = await self._batcher.submit(image)
         self._preprocessing.note(num_tokens, preprocess_ms / 1000)
         self._encoding.note(num_tokens, embedding.encode_ms / 1000)
         if item.params.reduction is not None:
@@ -185,8 +186,13 @@ class EncoderServer:
         metrics.images_encoded.inc()
         return dataclasses.replace(embedding, encode_ms=preprocess_ms + embedding.encode_ms)
 
-    def _check_room(self) -> None:
-        """Raises OverloadedError when this replica holds as many images as it may."""
+    @contextlib.contextmanager
+    def _room(self, item: MediaItem, spec: EmbeddingSpec) -> Iterator[None]:
+        """For one image more, before anything of it is decoded.
+
+        Raises OverloadedError when this replica holds as many images as it may, and DeadlineExceededError.
+        """
+        item.check_deadline()
         if self._encoding.num_images >= self._max_images:
             raise OverloadedError(
                 f"{self._encoding.num_images} images wait for this encoder, the limit is {self._max_images} "
@@ -194,6 +200,8 @@ class EncoderServer:
                 code="encoder_overloaded",
                 retry_after_s=self.backlog()["backlog_seconds"],
             )
+        with self._encoding.holding(self._geometry.num_tokens(spec.grid_thw)):
+            yield
 
     def _preprocess_and_time(self, item: MediaItem) -> tuple[Preprocessed, float]:
         started = time.thread_time()  # what it costs, not how long other threads kept it waiting

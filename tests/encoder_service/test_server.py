@@ -18,12 +18,13 @@ from transformers import PreTrainedModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from common.cache import TieredCache
-from common.config import ModelConfig
+from common.config import CacheConfig, ModelConfig
 from common.embedding import unpack
 from common.errors import InvalidRequestError, OverloadedError
 from common.frames import pack_pixels
 from common.identity import mm_hash
 from common.media import MediaItem, MediaParams
+from common.media_store import open_media_store
 from encoder_service.batcher import Batcher
 from encoder_service.config import EncoderConfig
 from encoder_service.preprocess import PreprocessedImage
@@ -154,10 +155,13 @@ async def test_images_that_nobody_waits_for_are_skipped() -> None:
     assert encoded == [4, 6, 20]
 
 
+@pytest.mark.parametrize("with_alias", [False, True])
 async def test_full_replica_refuses_before_it_decodes_and_has_room_when_callers_leave(
-    tiny_checkpoint: Path, memory_cache: TieredCache
+    tiny_checkpoint: Path, memory_cache: TieredCache, with_alias: bool
 ) -> None:
-    server = encoder(tiny_checkpoint, memory_cache, max_queued_images=3)
+    store = open_media_store(CacheConfig()) if with_alias else None
+    model, config = ModelConfig(path=str(tiny_checkpoint)), EncoderConfig(max_queued_images=3)
+    server = EncoderServer(model, config, memory_cache, alias_store=store)
     known = MediaItem.of(picture(seed=9), PARAMS)
     await server.encode(known)
     items = [MediaItem.of(picture(300, 300, seed), PARAMS) for seed in range(4)]
