@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
 from common.errors import InvalidRequestError, ModelNotFoundError, ServingError
+from llm_service.admission import MAX_RETRY_AFTER_S
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def error_response(scope: Scope, error: ServingError, status: int | None = None)
     headers = {}
     if status in (429, 503):
         retry_after_s = _RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s
-        headers["retry-after"] = str(max(1, math.ceil(retry_after_s)))
+        headers["retry-after"] = str(max(1, math.ceil(min(retry_after_s, MAX_RETRY_AFTER_S))))
     if status in _NOT_TO_BE_RETRIED:
         headers["x-should-retry"] = "false"
     if status == 401:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from common import metrics
+from common.errors import OverloadedError
 from llm_service.config import AdmissionConfig, ApiConfig, ApiKey
 from tests.api.conftest import Service, events_of
 from tests.conftest import picture
@@ -180,6 +181,18 @@ async def test_a_full_service_refuses_and_takes_the_same_request_later(
     assert (await running).status_code == 200
     assert (await service.http.post(URL, json=request_body)).status_code == 200
     assert not any(held.amount for held in service.llm.admission.held.values())
+
+
+async def test_nobody_is_told_to_come_back_later_than_clients_wait(
+    serve: Callable[..., Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(item: object) -> bytes:
+        raise OverloadedError("1000 images wait for this encoder", retry_after_s=3600.0)
+
+    service = serve()
+    monkeypatch.setattr(service.encoder, "encode", refuse)
+    refused = await service.http.post(URL, json=body(image_part(picture()), "What?"))
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "60")
 
 
 @pytest.mark.parametrize("stream", [False, True])
