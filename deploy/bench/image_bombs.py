@@ -196,6 +196,10 @@ BOMBS: Mapping[str, Callable[[], bytes]] = {
     "PNG of 300,000 IDAT": lambda: _around_pixels(after=[(b"IDAT", b"")] * 300_000),
     "JPEG of 300,000 Exif segments": lambda: _jpeg_with(segment(0xE1, _EXIF + b"abcd") * 300_000),
     "JPEG of 300,000 comments": lambda: _jpeg_with(segment(0xFE, b"") * 300_000),
+    "JPEG of 1,000,000 comments behind its pixels": lambda: _jpeg()[:-2] + segment(0xFE, b"") * 1_000_000 + b"\xff\xd9",
     "JPEG with 4 MiB of nothing": lambda: _jpeg_with(segment(0xFE, b"") + bytes(4 * 2**20)),
     "GIF with a comment of 2,000,000 blocks": lambda: gif((1, 1), b"!\xfe" + b"\1a" * 2_000_000 + b"\0", gif_frame()),
+    "GIF with a comment of 2,000,000 blocks behind its pixels": lambda: gif(
+        (1, 1), gif_frame(), b"!\xfe" + b"\1a" * 2_000_000 + b"\0"
+    ),
 }  # fmt: skip

@@ -9,7 +9,7 @@ from PIL import Image
 
 from common.config import ImageLimits
 from common.errors import InvalidRequestError
-from deploy.bench.image_bombs import png, png_chunk, segment
+from deploy.bench.image_bombs import BOMBS, png, png_chunk, segment
 from encoder_service.image_blocks import num_gif_frames, num_jpeg_scans
 from encoder_service.preprocess import decode
 from tests.odd_images import ODD, encoded, photo
@@ -64,6 +64,12 @@ def test_a_jpeg_of_too_many_scans_is_refused() -> None:
     decode(PROGRESSIVE, ImageLimits(max_image_scans=10))
     with pytest.raises(InvalidRequestError, match=r"has 10 scans, the limit is 9 \(limits.max_image_scans\)"):
         decode(PROGRESSIVE, ImageLimits(max_image_scans=9))
+
+
+@pytest.mark.parametrize("bomb", [name for name in BOMBS if name.endswith("behind its pixels") and "PNG" not in name])
+def test_blocks_behind_the_pixels_are_not_all_gone_through(bomb: str) -> None:
+    with pytest.raises(InvalidRequestError, match="too many blocks behind its header"):
+        decode(BOMBS[bomb](), ImageLimits())
 
 
 def test_a_picture_with_much_metadata_is_no_bomb() -> None:
