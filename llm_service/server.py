@@ -257,11 +257,12 @@ class LLMServer:
         self._answers = answers
         fetcher = ImageFetcher(api.fetch, model.limits.max_image_bytes)
         clips = None
-        if model.max_frame_pixels and clip_rule_of(decoder.half.config) is None:
+        takes_clips = decoder.takes_clips and clip_rule_of(decoder.half.config) is not None
+        if model.max_frame_pixels and not takes_clips:
             raise ValueError(
-                f"model.max_frame_pixels has no effect on {decoder.half.config.model_type!r}, which takes no clips"
+                f"model.max_frame_pixels has no effect: {decoder.half.config.model_type!r} takes no clips here"
             )
-        if decoder.takes_clips and clip_rule_of(decoder.half.config) is not None:
+        if takes_clips:
             assert isinstance(geometry, PatchGeometry)
             clips = ClipLibrary(geometry, params, model.limits, model.max_frame_pixels)
         self.media = MediaLibrary(store, self._features, cache, geometry, params, model.limits, fetcher, answers, clips)

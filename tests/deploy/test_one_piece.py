@@ -64,6 +64,12 @@ def test_clips_are_refused(clients: tuple[Client, Client], tmp_path: Path) -> No
     assert clients[1].ask([], "What?", videos=[path], max_tokens=2).images[0]["frames"] == 1
 
 
+def test_budget_of_a_clips_frames_is_refused(tiny_checkpoint: Path) -> None:
+    model = ModelConfig(path=str(tiny_checkpoint), max_frame_pixels=28 * 28)
+    with pytest.raises(ValueError, match=r"max_frame_pixels has no effect.*takes no clips"):
+        one_piece_server(model, EngineConfig(), CacheConfig())
+
+
 def test_every_picture_is_encoded_every_time(clients: tuple[Client, Client]) -> None:
     answers = [clients[0].ask([picture(70, 84, 70)], "What?", max_tokens=2) for _ in range(2)]
     assert [answer.images[0]["source"] for answer in answers] == ["encoder", "encoder"]
