@@ -171,6 +171,7 @@ class EncoderServer:
         return None
 
     async def _encode(self, item: MediaItem, spec: EmbeddingSpec) -> VisionEmbedding:
+        item.check_deadline()  # looking for a copy may have taken its time
         runs = self._geometry.runs(spec.grid_thw)
         num_tokens = sum(runs)
         with self._preprocessing.holding(num_tokens), span("preprocess", image=item.mm_hash):
