@@ -212,22 +212,21 @@ def spread(times: Sequence[Fraction], number: int, schedule: Schedule) -> Sample
     return Samples(chosen, number / schedule.end if schedule.end else Fraction(1))
 
 
-def shown_at(times: Sequence[Fraction], source: Source, tick: Fraction) -> Iterator[tuple[Fraction, Draw]]:
-    """The frames that are shown at these times, each once."""
+def shown_at(times: Sequence[Fraction], source: Source, tick: Fraction) -> Iterator[tuple[list[Fraction], Draw]]:
+    """Each frame that is shown at some of these times, with those times."""
     remaining = deque(times)
-    shown: tuple[Fraction, Draw] | None = None
-    for frame in source.frames():
-        is_due = False
-        while remaining and remaining[0] < frame[0] - tick / 2:  # WebM rounds times to milliseconds
-            remaining.popleft()
-            is_due = True
-        if is_due and shown is not None:
-            yield shown
+    shown: Draw | None = None
+    for time, draw in source.frames():
+        due = []
+        while shown is not None and remaining and remaining[0] < time - tick / 2:  # WebM rounds times to milliseconds
+            due.append(remaining.popleft())
+        if shown is not None and due:
+            yield due, shown
         if not remaining:
             return
-        shown = frame
+        shown = draw
     if shown is not None:
-        yield shown
+        yield list(remaining), shown
 
 
 def check_number(num_frames: int, limits: dict[str, Any]) -> None:
@@ -288,13 +287,15 @@ def decode(data: bytes, sampling: dict[str, Any], limits: dict[str, Any], out: B
     check_pixels(source.size, len(samples.times), limits, "max_sampled_pixels")
     check_pixels(source.size, sum(time <= samples.times[-1] for time in schedule.times), limits, "max_decoded_pixels")
     times, sizes = [], set()
-    for time, draw in shown_at(samples.times, source, schedule.tick):
+    for due, draw in shown_at(samples.times, source, schedule.tick):
         image = draw()
         sizes.add(image.size)
         if len(sizes) > 1 or image.width * image.height != source.size[0] * source.size[1]:
             raise Refused("the clip's frames change their size")
-        out.write(image.tobytes())
-        times.append(float(time))
+        pixels = image.tobytes()
+        for time in due:
+            out.write(pixels)
+            times.append(float(time))
     if not times:
         raise Refused("the clip has no frames")
     ((width, height),) = sizes

@@ -43,7 +43,9 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def animation(shown: Sequence[Image.Image], format: str, duration_ms: int = 100, **options: Any) -> bytes:
+def animation(
+    shown: Sequence[Image.Image], format: str, duration_ms: int | Sequence[int] = 100, **options: Any
+) -> bytes:
     buffer = io.BytesIO()
     shown[0].save(buffer, format, save_all=True, append_images=shown[1:], duration=duration_ms, **options)
     return buffer.getvalue()

@@ -273,6 +273,15 @@ def test_lossless_webp_is_its_frames_as_often_as_they_are_shown() -> None:
     assert clip.pairs[0].data.endswith(shown[0].tobytes() + shown[2].tobytes())
 
 
+def test_frame_that_stands_still_is_taken_as_often_as_it_is_due() -> None:
+    data = animation(frames(100, height=28, width=28), "WEBP", duration_ms=[10] * 99 + [9010], lossless=True)
+    clip = clip_of_file(data, Sampling(fps=2.0), ImageLimits())
+    assert (clip.num_frames, clip.fps, clip.pairs[-1].timestamp) == (20, 2.0, 9.25)
+    assert len({pair.mm_hash for pair in clip.pairs}) == 2
+    with pytest.raises(InvalidRequestError, match="20 sampled frames of 28 x 28"):
+        clip_of_file(data, Sampling(fps=2.0), limited(max_sampled_pixels=19 * 28 * 28))
+
+
 def test_transparency_of_an_animation_is_white() -> None:
     images = [Image.new("RGBA", (56, 56), (255, 0, 0, 0)), Image.new("RGBA", (56, 56), (0, 0, 255, 255))]
     clip = clip_of_file(animation(images, "WEBP", lossless=True), Sampling(fps=10.0), ImageLimits())
