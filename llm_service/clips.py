@@ -5,19 +5,20 @@ frames are what its grids are known by: by a process of its own for each file, a
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import struct
 import subprocess
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
-from common.config import ImageLimits
+from common.config import MIB, ImageLimits
 from common.errors import InvalidRequestError
 from common.frames import FRAMES_PER_GRID, pack_files, pack_pixels
 from common.geometry import PatchGeometry
@@ -35,6 +36,10 @@ MAX_FRAME_TOKENS = 768  # VIDEO_MAX_TOKEN_NUM of Qwen's own vision utilities
 
 _DECODER = Path(__file__).with_name("clip_decoder.py")
 _LENGTH = struct.Struct("<I")
+_CHUNK_BYTES = 4 * MIB
+
+Process = subprocess.Popen[bytes]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +85,56 @@ def items_of(visuals: Sequence[Visual]) -> list[ImageRequest]:
     return [item for visual in visuals for item in (visual.grids if isinstance(visual, ClipRequest) else [visual])]
 
 
+class ClipDecoder:
+    """Decodes files, each in a process of its own, a few at once. Who no longer waits for a clip ends its process."""
+
+    def __init__(self, limits: ImageLimits) -> None:
+        self._limits = limits
+        self._free = asyncio.Semaphore(limits.video.decode_processes)
+        self._pool = ThreadPoolExecutor(limits.video.decode_processes, thread_name_prefix="clips")
+
+    async def __call__(self, data: bytes, sampling: Sampling) -> Clip:
+        """Raises InvalidRequestError."""
+        async with self._free:
+            return await self._in_pool(_clip_of_output, await self._output(data, sampling))
+
+    async def _output(self, data: bytes, sampling: Sampling) -> bytearray:
+        video = self._limits.video
+        process = self._start(sampling)
+        try:
+            async with asyncio.timeout(video.decode_timeout_s):
+                await self._in_pool(_send, process, data)
+                output = bytearray()
+                while await self._in_pool(_read, process, output):
+                    pass
+        except TimeoutError as exc:
+            raise InvalidRequestError(
+                f"decoding the clip takes more than {video.decode_timeout_s:g} s (limits.video.decode_timeout_s)",
+                code="video_too_large",
+            ) from exc
+        finally:
+            process.kill()
+            await self._in_pool(_close, process)
+        if process.returncode < 0:
+            logger.warning("the decoder of a clip ended by signal %d", -process.returncode)
+            raise InvalidRequestError("the clip cannot be decoded", code="invalid_video")
+        if process.returncode:
+            raise RuntimeError(f"the decoder of clips ended with status {process.returncode}")
+        return output
+
+    def _start(self, sampling: Sampling) -> Process:
+        asked = {
+            "sampling": {"fps": sampling.fps, "num_frames": sampling.num_frames, "max_frames": sampling.max_frames},
+            "limits": self._limits.video.model_dump() | {"max_frame_pixels": self._limits.max_image_pixels},
+        }
+        # -P: the script's folder is not searched for modules
+        command = [sys.executable, "-P", str(_DECODER), json.dumps(asked)]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+    async def _in_pool(self, function: Callable[..., T], *args: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+
+
 class ClipLibrary:
     """Resolves the clips of requests, outside the event loop. What one part holds is read once, however many questions
     are about it."""
@@ -96,7 +151,7 @@ class ClipLibrary:
         self._geometry = geometry
         self._params = MediaParams(min_pixels, max_pixels, frames=FRAMES_PER_GRID, reduction=params.reduction)
         self._limits = limits
-        self._pool = ThreadPoolExecutor(limits.video.decode_processes, thread_name_prefix="clips")
+        self._decode = ClipDecoder(limits)
         self._read: weakref.WeakKeyDictionary[ClipPart, Clip] = weakref.WeakKeyDictionary()
 
     async def resolve(self, part: ClipPart, images: Sequence[bytes], caller: RequestContext) -> ClipRequest:
@@ -122,8 +177,7 @@ class ClipLibrary:
             if isinstance(part, FramesPart):
                 clip = await asyncio.to_thread(clip_of_images, images, part.sampling, self._limits)
             else:
-                decode = partial(clip_of_file, part.data, part.sampling, self._limits)
-                clip = await asyncio.get_running_loop().run_in_executor(self._pool, decode)
+                clip = await self._decode(part.data, part.sampling)
             caller.hold("bytes", sum(len(pair.data) for pair in clip.pairs))
             self._read[part] = clip
         return clip
@@ -157,36 +211,32 @@ def _size_of(image: bytes, index: int, limits: ImageLimits) -> tuple[int, int]:
         raise type(exc)(f"frame {index}: {exc.message}", code=exc.code) from exc
 
 
-def clip_of_file(data: bytes, sampling: Sampling, limits: ImageLimits) -> Clip:
-    """Decodes a file in a process of its own."""
-    video = limits.video
-    asked = {
-        "sampling": {"fps": sampling.fps, "num_frames": sampling.num_frames, "max_frames": sampling.max_frames},
-        "limits": video.model_dump() | {"max_frame_pixels": limits.max_image_pixels},
-    }
-    try:
-        # -P: the script's folder is not searched for modules
-        done = subprocess.run(
-            [sys.executable, "-P", _DECODER, json.dumps(asked)],
-            input=data,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=video.decode_timeout_s,
-        )
-    except subprocess.TimeoutExpired as exc:
-        raise InvalidRequestError(
-            f"decoding the clip takes more than {video.decode_timeout_s:g} s (limits.video.decode_timeout_s)",
-            code="video_too_large",
-        ) from exc
-    if done.returncode < 0:
-        logger.warning("the decoder of a clip ended by signal %d", -done.returncode)
-        raise InvalidRequestError("the clip cannot be decoded", code="invalid_video")
-    if done.returncode:
-        raise RuntimeError(f"the decoder of clips ended with status {done.returncode}")
-    return _clip_of_output(done.stdout)
+def _send(process: Process, data: bytes) -> None:
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError), process.stdin:  # it may have ended already
+        process.stdin.write(data)
 
 
-def _clip_of_output(output: bytes) -> Clip:
+def _read(process: Process, output: bytearray) -> int:
+    """Adds what comes next and returns its length; 0 when the process has ended."""
+    assert process.stdout is not None
+    chunk = process.stdout.read(_CHUNK_BYTES)
+    if not chunk:
+        process.wait()
+    output += chunk
+    return len(chunk)
+
+
+def _close(process: Process) -> None:
+    """Of one that has ended, or was killed."""
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        assert pipe is not None
+        with contextlib.suppress(BrokenPipeError):
+            pipe.close()
+
+
+def _clip_of_output(output: bytearray) -> Clip:
     (length,) = _LENGTH.unpack(output[-_LENGTH.size :])
     end = len(output) - _LENGTH.size - length
     found = json.loads(output[end : -_LENGTH.size])

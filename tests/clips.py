@@ -1,5 +1,6 @@
 """Clips for tests: frames, files of them, and content parts."""
 
+import asyncio
 import io
 from collections.abc import Sequence
 from typing import Any
@@ -8,6 +9,9 @@ import av
 import numpy as np
 from PIL import Image
 
+from common.config import ImageLimits
+from llm_service.clips import Clip, ClipDecoder
+from llm_service.video_parts import Sampling
 from tests.services import data_url
 
 LOSSLESS = {"format": "mp4", "codec": "libx264rgb", "pixel_format": "rgb24", "crf": "0", "preset": "ultrafast"}
@@ -57,3 +61,7 @@ def frames_part(shown: Sequence[Image.Image], **fields: Any) -> dict[str, Any]:
 
 def video_part(data: bytes, media_type: str = "video/mp4", **fields: Any) -> dict[str, Any]:
     return {"type": "video_url", "video_url": {"url": data_url(data, media_type)}, **fields}
+
+
+def clip_of_file(data: bytes, sampling: Sampling, limits: ImageLimits) -> Clip:
+    return asyncio.run(ClipDecoder(limits)(data, sampling))

@@ -6,7 +6,6 @@ import json
 import math
 import re
 import struct
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,9 @@ from PIL import Image
 
 from common.config import ImageLimits, VideoLimits
 from common.errors import InvalidRequestError
-from llm_service.clips import Clip, clip_of_file
+from llm_service import clips
 from llm_service.video_parts import Sampling
-from tests.clips import FFV1, LOSSLESS, WEBM, animation, frames, frames_part, png, video, video_part
+from tests.clips import FFV1, LOSSLESS, WEBM, animation, clip_of_file, frames, frames_part, png, video, video_part
 from tests.services import URL, body, data_url, image_part
 
 MP4 = video(frames(6), **LOSSLESS)
@@ -219,30 +218,64 @@ async def test_decoder_that_crashes_takes_nobody_with_it(
     assert (await http.post(URL, json=body(video_part(MP4), "What?"))).status_code == 200
 
 
+def running(pids: Path) -> list[int]:
+    """The decoders that have begun and not ended."""
+    begun = [int(file.name) for file in pids.iterdir()]
+    return [pid for pid in begun if Path(f"/proc/{pid}").exists()]
+
+
+async def until_running(pids: Path, number: int) -> list[int]:
+    async with asyncio.timeout(60):
+        while len(found := running(pids)) != number:  # noqa: ASYNC110  # other processes
+            await asyncio.sleep(0.01)
+    return found
+
+
+@pytest.fixture
+def sleeping_decoders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where each decoder leaves its process id; it says nothing until the file is gone."""
+    pids = tmp_path / "pids"
+    pids.mkdir()
+    script = tmp_path / "decoder.py"
+    script.write_text(
+        "import os, pathlib, sys, time\n"
+        f"mine = pathlib.Path({str(pids)!r}, str(os.getpid()))\n"
+        "mine.touch()\n"
+        "while mine.exists(): time.sleep(0.01)\n"
+        f"os.execv(sys.executable, [sys.executable, '-P', {str(clips._DECODER)!r}, *sys.argv[1:]])\n"
+    )
+    monkeypatch.setattr(clips, "_DECODER", script)
+    return pids
+
+
 async def test_files_are_decoded_a_few_at_once_while_others_are_answered(
-    http: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
+    http: httpx2.AsyncClient, sleeping_decoders: Path
 ) -> None:
-    clip = clip_of_file(MP4, Sampling(), ImageLimits())
-    begun, may_go_on = threading.Semaphore(0), threading.Event()
-    running: list[int] = []
-    most: list[int] = []
-
-    def decode(*_: object) -> Clip:
-        running.append(1)
-        most.append(len(running))
-        begun.release()
-        may_go_on.wait(60)
-        running.pop()
-        return clip
-
-    monkeypatch.setattr("llm_service.clips.clip_of_file", decode)
     waiting = [asyncio.create_task(http.post(URL, json=body(video_part(MP4), "What?"))) for _ in range(5)]
-    for _ in range(2):
-        await asyncio.to_thread(begun.acquire)
-    assert (await http.post(URL, json=body(frames_part(frames(2)), "What?"))).status_code == 200
-    may_go_on.set()
+    for remaining in (5, 3, 1):
+        expected = min(remaining, VideoLimits().decode_processes)
+        begun = await until_running(sleeping_decoders, expected)
+        assert (await http.post(URL, json=body(frames_part(frames(2)), "What?"))).status_code == 200
+        assert running(sleeping_decoders) == begun
+        for pid in begun:
+            (sleeping_decoders / str(pid)).unlink()
     assert {answer.status_code for answer in await asyncio.gather(*waiting)} == {200}
-    assert max(most) == VideoLimits().decode_processes
+
+
+async def test_client_that_leaves_ends_the_decoder_and_a_deadline_is_not_waited_beyond(
+    http: httpx2.AsyncClient, sleeping_decoders: Path
+) -> None:
+    limits = VideoLimits()
+    leaving = [
+        asyncio.create_task(http.post(URL, json=body(video_part(MP4), "What?"))) for _ in range(limits.decode_processes)
+    ]
+    await until_running(sleeping_decoders, limits.decode_processes)
+    late = await http.post(URL, json=body(video_part(MP4), "What?"), headers={"x-request-timeout-seconds": "0.2"})
+    assert late.status_code == 504, late.text
+    for task in leaving:
+        task.cancel()
+    await asyncio.wait(leaving)
+    assert not running(sleeping_decoders)
 
 
 # What is a clip

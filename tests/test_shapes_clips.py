@@ -13,7 +13,7 @@ from deploy.shapes import CHECKPOINT
 from deploy.shapes.evaluate import BOUNDS, Answerer, Case, file_of, sample_cases, through_file
 from deploy.shapes.scenes import render, scene_of
 from llm_service.api.app import create_app
-from llm_service.clips import clip_of_file
+from llm_service.clips import ClipDecoder
 from tests.clips import FFV1, WEBM, animation, frames_part, video, video_part
 from tests.services import URL, Services, body, data_url, image_part
 
@@ -113,7 +113,8 @@ async def test_decisions_about_a_clip_decode_it_once(
     shapes: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded = []
-    monkeypatch.setattr("llm_service.clips.clip_of_file", lambda *asked: decoded.append(1) or clip_of_file(*asked))
+    decode = ClipDecoder.__call__
+    monkeypatch.setattr(ClipDecoder, "__call__", lambda *asked: decoded.append(1) or decode(*asked))
     choices = [{"value": value} for value in ("left", "right", "up", "down")]
     question = {"type": "choice", "instructions": "Which way does it move?", "choices": choices, "name": "way"}
     message = {"type": "message", "role": "user", "content": [video_part(video(TO_THE_RIGHT, fps=2, **FFV1))]}
