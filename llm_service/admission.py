@@ -31,13 +31,14 @@ class Held:
         self._given_back = 0.0  # decayed, as the time in which it was
         self._busy_s = 0.0
 
-    def take(self, amount: int) -> float | None:
+    def take(self, amount: int, own: int = 0) -> float | None:
         """Takes it and returns None, or returns the seconds until there may be room.
 
-        What alone exceeds the limit is let in when nothing else is held: it would have to wait for ever.
+        What alone exceeds the limit is let in when nothing is held but the caller's `own`: it would have to wait for
+        ever.
         """
         self._pass_time()
-        if self.limit is not None and self.amount and self.amount + amount > self.limit:
+        if self.limit is not None and self.amount > own and self.amount + amount > self.limit:
             return self._seconds_until_free(self.amount + amount - self.limit)
         self.amount += amount
         return None
@@ -105,13 +106,17 @@ class RequestContext:
     def hold(self, quantity: Quantity, amount: int) -> None:
         """Raises UnavailableError when the service holds too much of it already."""
         if self._admission is not None:
-            self._admission.take(quantity, amount)
-            self._held[quantity] = self._held.get(quantity, 0) + amount
+            own = self._held.get(quantity, 0)
+            self._admission.take(quantity, amount, own)
+            self._held[quantity] = own + amount
 
-    def release(self, quantity: Quantity) -> None:
-        """Gives back all of it; more than once is as good as once."""
-        amount = self._held.pop(quantity, 0)
+    def release(self, quantity: Quantity, amount: int | None = None) -> None:
+        """Gives back so much of what is held, or all of it; that more than once is as good as once."""
+        own = self._held.get(quantity, 0)
+        if amount is None:
+            amount = own
         if self._admission is not None and amount:
+            self._held[quantity] = own - amount
             self._admission.held[quantity].give_back(amount)
 
     def __enter__(self) -> "RequestContext":
@@ -172,9 +177,10 @@ class Admission:
             raise
         return context
 
-    def take(self, quantity: Quantity, amount: int) -> None:
+    def take(self, quantity: Quantity, amount: int, own: int = 0) -> None:
+        """`own` is what the caller holds of it already."""
         held = self.held[quantity]
-        wait_s = held.take(amount)
+        wait_s = held.take(amount, own)
         if wait_s is not None:
             metrics.admission_rejections.inc(tags={"reason": quantity})
             name = quantity.replace("_", " ")

@@ -24,7 +24,7 @@ from common.frames import FRAMES_PER_GRID, pack_files, pack_pixels
 from common.geometry import PatchGeometry
 from common.identity import framed_digest, mm_hash
 from common.media import MediaItem, MediaParams, check_same_size, frame_size
-from llm_service.admission import RequestContext
+from llm_service.admission import ANYONE, RequestContext
 from llm_service.features import ImageRequest
 from llm_service.image_parts import with_detail
 from llm_service.placeholders import ClipShape
@@ -61,6 +61,10 @@ class Clip:
     num_frames: int
     fps: float
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(len(pair.data) for pair in self.pairs)
+
 
 @dataclass(frozen=True, slots=True)
 class ClipRequest:
@@ -93,20 +97,25 @@ class ClipDecoder:
         self._free = asyncio.Semaphore(limits.video.decode_processes)
         self._pool = ThreadPoolExecutor(limits.video.decode_processes, thread_name_prefix="clips")
 
-    async def __call__(self, data: bytes, sampling: Sampling) -> Clip:
-        """Raises InvalidRequestError."""
+    async def __call__(self, data: bytes, sampling: Sampling, caller: RequestContext = ANYONE) -> Clip:
+        """Raises InvalidRequestError, and UnavailableError where too much is held already."""
         async with self._free:
-            return await self._in_pool(_clip_of_output, await self._output(data, sampling))
+            output = await self._output(data, sampling, caller)
+            clip = await self._in_pool(_clip_of_output, output)
+        caller.hold("bytes", clip.num_bytes)
+        caller.release("bytes", len(output))
+        return clip
 
-    async def _output(self, data: bytes, sampling: Sampling) -> bytearray:
+    async def _output(self, data: bytes, sampling: Sampling, caller: RequestContext) -> bytearray:
+        """`caller` holds its bytes from the moment they are here."""
         video = self._limits.video
         process = self._start(sampling)
         try:
             async with asyncio.timeout(video.decode_timeout_s):
                 await self._in_pool(_send, process, data)
                 output = bytearray()
-                while await self._in_pool(_read, process, output):
-                    pass
+                while num_bytes := await self._in_pool(_read, process, output):
+                    caller.hold("bytes", num_bytes)
         except TimeoutError as exc:
             raise InvalidRequestError(
                 f"decoding the clip takes more than {video.decode_timeout_s:g} s (limits.video.decode_timeout_s)",
@@ -137,7 +146,7 @@ class ClipDecoder:
 
 class ClipLibrary:
     """Resolves the clips of requests, outside the event loop. What one part holds is read once, however many questions
-    are about it."""
+    are about it, and kept until it is forgotten or the request has ended."""
 
     def __init__(
         self, geometry: PatchGeometry, params: MediaParams, limits: ImageLimits, max_pixels: int | None
@@ -176,11 +185,17 @@ class ClipLibrary:
         if clip is None:
             if isinstance(part, FramesPart):
                 clip = await asyncio.to_thread(clip_of_images, images, part.sampling, self._limits)
+                caller.hold("bytes", clip.num_bytes)
             else:
-                clip = await self._decode(part.data, part.sampling)
-            caller.hold("bytes", sum(len(pair.data) for pair in clip.pairs))
+                clip = await self._decode(part.data, part.sampling, caller)
             self._read[part] = clip
         return clip
+
+    def forget(self, part: ClipPart, caller: RequestContext) -> None:
+        """Gives back what `caller` holds of it."""
+        clip = self._read.pop(part, None)
+        if clip is not None:
+            caller.release("bytes", clip.num_bytes)
 
 
 def clip_of_images(images: Sequence[bytes], sampling: Sampling, limits: ImageLimits) -> Clip:

@@ -43,7 +43,9 @@ class AdmissionConfig(Config):
     """What the requests of one replica may hold together; more are refused with 503 and when there may be room."""
 
     max_requests: int = Field(1024, ge=1, description="requests being answered")
-    max_held_bytes: int = Field(1024 * MIB, ge=1, description="bodies of requests being answered")
+    max_held_bytes: int = Field(
+        1024 * MIB, ge=1, description="bodies of requests being answered, frames of clips until encoded"
+    )
     max_queued_prompt_tokens: int = Field(1_000_000, ge=1, description="prompt tokens before their first answer token")
     max_queued_vision_tokens: int = Field(500_000, ge=1, description="image tokens that wait for their embeddings")
 

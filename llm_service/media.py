@@ -93,6 +93,12 @@ class MediaLibrary:
         await self.deletions.listen()
         return [await self._resolve(part, context, caller) for part in await self._fetched(parts)]
 
+    def forget_clips(self, parts: Sequence[VisualPart], caller: RequestContext) -> None:
+        """Frees their frames, which nothing needs once they are encoded."""
+        for part in parts:
+            if self._clips is not None and isinstance(part, ClipPart):
+                self._clips.forget(part, caller)
+
     async def tiers(self, image: ImageRequest) -> list[str]:
         """Where the embedding of an image is now."""
         return await self._cache.tiers(embedding_key(await self._features.namespace(), image.item))

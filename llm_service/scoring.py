@@ -49,6 +49,8 @@ async def score(
         options = GenerationOptions(temperature=0.0, max_tokens=max(map(len, answers[index])), logprobs=0)
         asked = _asked(messages, question)
         prepared.append(await server.prepare(asked, options, f"{request_id}-{index}", PLAIN, context))
+    for question in questions:
+        server.media.forget_clips(visuals_of(_asked(messages, question)), context)
     scores = Scores([[] for _ in questions])
     input_images = len(visuals_of(messages))
     scores.receipts = prepared[0].receipts[:input_images]

@@ -19,7 +19,7 @@ from common.errors import InvalidRequestError
 from llm_service import clips
 from llm_service.video_parts import Sampling
 from tests.clips import FFV1, LOSSLESS, WEBM, animation, clip_of_file, frames, frames_part, png, video, video_part
-from tests.services import URL, body, data_url, image_part
+from tests.services import URL, Services, body, data_url, image_part
 
 MP4 = video(frames(6), **LOSSLESS)
 MJPEG = {"format": "matroska", "codec": "mjpeg", "pixel_format": "yuvj420p"}
@@ -276,6 +276,44 @@ async def test_client_that_leaves_ends_the_decoder_and_a_deadline_is_not_waited_
         task.cancel()
     await asyncio.wait(leaving)
     assert not running(sleeping_decoders)
+
+
+# What is held
+
+
+async def test_clips_of_one_request_are_let_in_alone_whatever_they_hold_together(
+    http: httpx2.AsyncClient, services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = services.llm.admission.held["bytes"]
+    several = body(*[video_part(MP4, fps=fps) for fps in (1, 15, 30)], "What?")
+    monkeypatch.setattr(held, "limit", 100_000)  # 6 frames and 3 are more
+    assert (await http.post(URL, json=several)).status_code == 200
+    held.take(1)
+    refused = await http.post(URL, json=several)
+    held.give_back(1)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
+    assert held.amount == 0
+
+
+async def test_frames_are_held_from_decoding_until_they_are_encoded(
+    http: httpx2.AsyncClient, services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, engine = services.llm.admission.held["bytes"], services.llm.engine
+    decoded, answered = [], []
+    pack, generate = clips._clip_of_output, engine.generate
+    monkeypatch.setattr(clips, "_clip_of_output", lambda output: decoded.append(held.amount) or pack(output))
+    monkeypatch.setattr(engine, "generate", lambda *asked: answered.append(held.amount) or generate(*asked))
+    part = video_part(MP4, fps=30)
+    question = {"type": "predicate", "name": "moves", "instructions": "Does it move?"}
+    message = {"type": "message", "role": "user", "content": [part]}
+    decision = {"model": "tiny", "input": [message], "questions": [question, question | {"name": "again"}]}
+    for url, request in ((URL, body(part, "What?")), ("/v1/decisions", decision)):
+        answer = await http.post(url, json=request)
+        assert answer.status_code == 200, answer.text
+        num_body_bytes = len(answer.request.content)
+        assert decoded.pop() >= num_body_bytes + 6 * 84 * 56 * 3 and not decoded
+        assert set(answered) == {num_body_bytes}
+        answered.clear()
 
 
 # What is a clip

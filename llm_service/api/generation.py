@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 from llm_service.api.door import context_of
 from llm_service.api.fields import name_ignored
 from llm_service.api.stream import OPENAI, Framing, Stream, StreamResponse
-from llm_service.chat import ChatMessage, Tool
+from llm_service.chat import ChatMessage, Tool, visuals_of
 from llm_service.engine.request import FinishReason, RequestOutput, TokenLogprobs
 from llm_service.prompt import PLAIN, TemplateOptions
 from llm_service.server import GenerationOptions, ImageReceipt, LLMServer, PreparedRequest
@@ -110,6 +110,7 @@ class Generation:
     ) -> None:
         """The answer may call the template's tools."""
         prepared = await self.server.prepare(messages, options, self.id, template, self._context)
+        self.server.media.forget_clips(visuals_of(messages), self._context)
         self._tools = ToolUse(template.tools, max_calls)
         self._note_prepared(prepared)
 
