@@ -12,13 +12,13 @@ import struct
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from common.config import MIB, ImageLimits
+from common.config import MIB, ImageLimits, VideoLimits
 from common.errors import InvalidRequestError
 from common.frames import FRAMES_PER_GRID, pack_files, pack_pixels
 from common.geometry import PatchGeometry
@@ -26,7 +26,7 @@ from common.identity import framed_digest, mm_hash
 from common.media import MediaItem, MediaParams, check_same_size, frame_size
 from llm_service.admission import ANYONE, RequestContext
 from llm_service.features import ImageRequest
-from llm_service.image_parts import with_detail
+from llm_service.image_parts import ImagePart, UrlPart, with_detail
 from llm_service.placeholders import ClipShape
 from llm_service.video_parts import ClipPart, FramesPart, Sampling
 
@@ -37,8 +37,10 @@ MAX_FRAME_TOKENS = 768  # VIDEO_MAX_TOKEN_NUM of Qwen's own vision utilities
 _DECODER = Path(__file__).with_name("clip_decoder.py")
 _LENGTH = struct.Struct("<I")
 _CHUNK_BYTES = 4 * MIB
+_MAX_FETCHES = 8  # of one clip at a time
 
 Process = subprocess.Popen[bytes]
+Fetch = Callable[[str, str, Callable[[int], None]], Awaitable[bytes]]  # as ImageFetcher.fetch
 T = TypeVar("T")
 
 
@@ -163,15 +165,14 @@ class ClipLibrary:
         self._decode = ClipDecoder(limits)
         self._read: weakref.WeakKeyDictionary[ClipPart, Clip] = weakref.WeakKeyDictionary()
 
-    async def resolve(self, part: ClipPart, images: Sequence[bytes], caller: RequestContext) -> ClipRequest:
-        """`images` are the frames of a FramesPart. Raises InvalidRequestError, and UnavailableError where too much is
-        held already."""
+    async def resolve(self, part: ClipPart, fetch: Fetch, caller: RequestContext) -> ClipRequest:
+        """Raises InvalidRequestError, and UnavailableError where too much is held already."""
         params = with_detail(self._params, part.detail)
         try:
-            clip = await self._clip(part, images, caller)
+            clip = await self._clip(part, fetch, caller)
             grid = params.grid(self._geometry, clip.height, clip.width)
         except InvalidRequestError as exc:
-            raise type(exc)(exc.message, param=part.field, code=exc.code) from exc
+            raise type(exc)(exc.message, param=exc.param or part.field, code=exc.code) from exc
         items = [MediaItem(pair.data, pair.mm_hash, params, caller.tenant, caller.deadline) for pair in clip.pairs]
         shape = ClipShape(
             grid_thw=(len(items), *grid[1:]),
@@ -180,15 +181,43 @@ class ClipLibrary:
         )
         return ClipRequest([ImageRequest(item, grid, part.field) for item in items], clip.num_frames, shape)
 
-    async def _clip(self, part: ClipPart, images: Sequence[bytes], caller: RequestContext) -> Clip:
+    async def _clip(self, part: ClipPart, fetch: Fetch, caller: RequestContext) -> Clip:
         clip = self._read.get(part)
         if clip is None:
             if isinstance(part, FramesPart):
-                clip = await asyncio.to_thread(clip_of_images, images, part.sampling, self._limits)
-                caller.hold("bytes", clip.num_bytes)
+                clip = await self._clip_of_frames(part, fetch, caller)
             else:
                 clip = await self._decode(part.data, part.sampling, caller)
             self._read[part] = clip
+        return clip
+
+    async def _clip_of_frames(self, part: FramesPart, fetch: Fetch, caller: RequestContext) -> Clip:
+        """Only those that are taken are fetched, a few at once."""
+        window = asyncio.Semaphore(_MAX_FETCHES)
+        num_fetched_bytes = 0
+
+        def note(num_bytes: int) -> None:
+            nonlocal num_fetched_bytes
+            caller.hold("bytes", num_bytes)
+            num_fetched_bytes += num_bytes
+
+        async def bytes_of(frame: ImagePart | UrlPart) -> bytes:
+            if isinstance(frame, ImagePart):
+                return frame.data
+            async with window:
+                return await fetch(frame.url, frame.field, note)
+
+        indices = chosen_frames(len(part.frames), part.sampling, self._limits.video)
+        tasks = [asyncio.create_task(bytes_of(part.frames[index])) for index in indices]
+        try:
+            images = dict(zip(indices, await asyncio.gather(*tasks), strict=True))
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+        clip = await asyncio.to_thread(clip_of_images, images, len(part.frames), part.sampling.fps, self._limits)
+        caller.hold("bytes", clip.num_bytes)
+        caller.release("bytes", num_fetched_bytes)
         return clip
 
     def forget(self, part: ClipPart, caller: RequestContext) -> None:
@@ -198,25 +227,31 @@ class ClipLibrary:
             caller.release("bytes", clip.num_bytes)
 
 
-def clip_of_images(images: Sequence[bytes], sampling: Sampling, limits: ImageLimits) -> Clip:
-    """Nothing is decoded."""
-    seconds = len(images) / sampling.fps
-    if seconds > limits.video.max_seconds:
+def chosen_frames(num_sent: int, sampling: Sampling, limits: VideoLimits) -> list[int]:
+    """Of a clip that is sent as frames. Raises InvalidRequestError for one that lasts too long."""
+    seconds = num_sent / sampling.fps
+    if seconds > limits.max_seconds:
         raise InvalidRequestError(
-            f"the clip lasts {seconds:.1f} s, the limit is {limits.video.max_seconds:g} s (limits.video.max_seconds)",
+            f"the clip lasts {seconds:.1f} s, the limit is {limits.max_seconds:g} s (limits.video.max_seconds)",
             code="video_too_long",
         )
-    number = min(sampling.num_frames or sampling.max_frames or len(images), len(images))
-    indices = [index * len(images) // number for index in range(number)]
-    sizes = [_size_of(images[index], index, limits) for index in indices]
+    number = min(sampling.num_frames or sampling.max_frames or num_sent, num_sent)
+    return [index * num_sent // number for index in range(number)]
+
+
+def clip_of_images(images: Mapping[int, bytes], num_sent: int, fps: float, limits: ImageLimits) -> Clip:
+    """Of some of the frames that were sent, by their indices. Nothing is decoded."""
+    sizes = [_size_of(image, index, limits) for index, image in images.items()]
     for size in sizes:
         check_same_size(sizes[0], size)
-    times = [index / sampling.fps for index in indices]
-    pairs = [
-        (pack_files(images[indices[one]], images[indices[other]]), times[one], times[other])
-        for one, other in _pairs(number)
-    ]
-    return Clip([_pair(*pair) for pair in pairs], *sizes[0], number, sampling.fps * number / len(images))
+    frames = [(image, index / fps) for index, image in images.items()]
+    pairs = [(frames[one], frames[other]) for one, other in _pairs(len(frames))]
+    return Clip(
+        [_pair(pack_files(one, other), start, end) for (one, start), (other, end) in pairs],
+        *sizes[0],
+        len(frames),
+        fps * len(frames) / num_sent,
+    )
 
 
 def _size_of(image: bytes, index: int, limits: ImageLimits) -> tuple[int, int]:

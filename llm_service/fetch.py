@@ -18,6 +18,7 @@ from llm_service.config import FetchConfig
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Resolve = Callable[[str, int], Awaitable[list[str]]]
+Note = Callable[[int], None]
 
 _PORTS = {"http": 80, "https": 443}
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -46,8 +47,11 @@ class ImageFetcher:
         self._resolve = resolve_name
         self._transport = transport
 
-    async def fetch(self, url: str, field: str) -> bytes:
-        """Raises InvalidRequestError for a URL that is not allowed, UnfetchableMediaError where it gives nothing."""
+    async def fetch(self, url: str, field: str, note: Note = lambda num_bytes: None) -> bytes:
+        """`note` is told how many bytes have come, whenever some do; what it raises ends the fetching.
+
+        Raises InvalidRequestError for a URL that is not allowed, UnfetchableMediaError where it gives nothing.
+        """
         if not self._config.allowed_hosts:
             raise InvalidRequestError(
                 "images are sent as data URLs (data:image/png;base64,...); fetching other URLs is off "
@@ -57,7 +61,7 @@ class ImageFetcher:
             )
         try:
             async with asyncio.timeout(self._config.timeout_s):
-                return await self._follow(url, field)
+                return await self._follow(url, field, note)
         except (TimeoutError, httpx2.TimeoutException) as exc:
             raise UnfetchableMediaError(
                 f"the image did not arrive within {self._config.timeout_s:g} s (api.fetch.timeout_s)",
@@ -67,13 +71,13 @@ class ImageFetcher:
         except (httpx2.HTTPError, OSError, UnicodeError) as exc:
             raise UnfetchableMediaError("the image cannot be fetched", param=field, code="image_unavailable") from exc
 
-    async def _follow(self, url: str, field: str) -> bytes:
+    async def _follow(self, url: str, field: str, note: Note) -> bytes:
         for _ in range(self._config.max_redirects + 1):
             async with self._get(url, field) as response:
                 if response.status_code in _REDIRECTS and "location" in response.headers:
                     url = urljoin(url, response.headers["location"])
                     continue
-                return await self._read(response, field)
+                return await self._read(response, field, note)
         raise UnfetchableMediaError(
             f"more than {self._config.max_redirects} redirects (api.fetch.max_redirects)",
             param=field,
@@ -127,7 +131,7 @@ class ImageFetcher:
             raise _not_allowed("its host has an address that is not public", field)
         return str(addresses[0])
 
-    async def _read(self, response: httpx2.Response, field: str) -> bytes:
+    async def _read(self, response: httpx2.Response, field: str, note: Note) -> bytes:
         if response.status_code != 200:
             raise UnfetchableMediaError(
                 f"the image's host answered with status {response.status_code}", param=field, code="image_unavailable"
@@ -136,6 +140,7 @@ class ImageFetcher:
             raise UnfetchableMediaError("the image is sent compressed", param=field, code="image_unavailable")
         data = bytearray()
         async for chunk in response.aiter_bytes():
+            note(len(chunk))
             data += chunk
             if len(data) > self._max_image_bytes:
                 raise PayloadTooLargeError(

@@ -29,7 +29,7 @@ from llm_service.clips import ClipLibrary, ClipRequest, Visual
 from llm_service.features import FeatureSource, ImageFeatures, ImageRequest, embedding_key
 from llm_service.fetch import ImageFetcher
 from llm_service.image_parts import ContentHash, Detail, ImagePart, MediaPart, UrlPart, with_detail
-from llm_service.video_parts import ClipPart, FramesPart, VisualPart
+from llm_service.video_parts import ClipPart, VisualPart
 
 FetchedPart = ImagePart | MediaPart | ClipPart
 
@@ -240,8 +240,7 @@ class MediaLibrary:
                 param=part.field,
                 code="unsupported_content_part",
             )
-        frames = await self._fetched(part.frames) if isinstance(part, FramesPart) else []
-        return await self._clips.resolve(part, [one.data for one in frames if isinstance(one, ImagePart)], caller)
+        return await self._clips.resolve(part, self._fetcher.fetch, caller)
 
     def _sent(
         self, source: bytes, detail: Detail, field: str, context: MediaContext, caller: RequestContext

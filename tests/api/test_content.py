@@ -1,5 +1,6 @@
 """Content parts of chat completions: the forms that clients of OpenAI, vLLM and SGLang send."""
 
+import asyncio
 import hashlib
 from collections.abc import Callable
 from typing import Any
@@ -117,6 +118,44 @@ async def test_image_or_frame_behind_a_url_is_answered_as_its_bytes(serve: Calla
         URL, json=body({"type": "image_url", "image_url": {"url": "https://example.com/a.png"}})
     )
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "messages[0].content[0].image_url.url")
+
+
+async def test_frames_behind_urls_are_fetched_once_a_few_at_once_and_only_those_that_are_taken(
+    serve: Callable[..., Service],
+) -> None:
+    service = serve(ApiConfig(fetch=FetchConfig(allowed_hosts=("example.org",))))
+    held = service.llm.admission.held["bytes"]
+    fetched: list[str] = []
+    running: list[str] = []
+    most: list[int] = []
+
+    async def resolve(host: str, port: int) -> list[str]:
+        return ["93.184.215.14"]
+
+    async def answer(request: httpx2.Request) -> httpx2.Response:
+        fetched.append(request.url.path)
+        running.append(request.url.path)
+        most.append(len(running))
+        await asyncio.sleep(0.01)
+        running.remove(request.url.path)
+        return httpx2.Response(200, content=picture(seed=int(request.url.path[1:])))
+
+    service.llm.media._fetcher = ImageFetcher(service.llm.api.fetch, 2**20, resolve, httpx2.MockTransport(answer))
+    clip = {"type": "video", "video": [f"https://example.org/{index}" for index in range(100)], "num_frames": 20}
+    question = {"type": "predicate", "name": "moves", "instructions": "Does it move?"}
+    message = {"type": "message", "role": "user", "content": [clip]}
+    questions = [question | {"name": f"moves-{index}"} for index in range(4)]
+    decision = {"model": "tiny", "input": [message], "questions": questions}
+    answered = (await service.http.post("/v1/decisions", json=decision)).raise_for_status()
+    assert sorted(fetched) == sorted(f"/{index}" for index in range(0, 100, 5))
+    assert max(most) == 8
+    assert held.amount == 0
+    held.limit = len(answered.request.content) + 3 * len(picture())
+    held.take(1)
+    fetched.clear()
+    refused = await service.http.post("/v1/decisions", json=decision)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
+    assert 0 < len(fetched) < 20 and held.amount == 1
 
 
 @pytest.mark.parametrize(
