@@ -44,6 +44,7 @@ class PlaceholderExpander:
         self._geometry = geometry
         self._family = family_of(config)
         self._clips = clip_rule_of(config)
+        self._added_token_ids = frozenset(tokenizer.added_tokens_decoder)  # text never joins across one
         self._image_token_id = image_token_of(config)
         self._video_token_id: int | None = getattr(config, "video_token_id", None) if self._clips else None
 
@@ -95,13 +96,25 @@ class PlaceholderExpander:
             found.items.append(VisionItem(len(found.token_ids), shape.grid_thw, interval))
         for timestamp in shape.timestamps:
             if self._clips == "timestamps":
-                found.token_ids += [*self._encode(f"<{timestamp:.1f} seconds>"), self._config.vision_start_token_id]
+                self._add_text(found, f"<{timestamp:.1f} seconds>")
+                found.token_ids.append(self._config.vision_start_token_id)
                 found.items.append(VisionItem(len(found.token_ids), one_grid))
             found.placeholders.append([PlaceholderRange(len(found.token_ids), num_tokens)])
             found.intervals.append(interval)
             found.token_ids += [self._video_token_id] * num_tokens
             if self._clips == "timestamps":
                 found.token_ids.append(self._config.vision_end_token_id)
+
+    def _add_text(self, found: Expansion, text: str) -> None:
+        """As if it had stood in the prompt before that was tokenized: it may join with the text before it."""
+        start = len(found.token_ids)
+        while start and found.token_ids[start - 1] not in self._added_token_ids:
+            start -= 1
+        before: str = self._tokenizer.decode(found.token_ids[start:])
+        # what looks like a control token there is text
+        found.token_ids[start:] = self._tokenizer.encode(
+            before + text, add_special_tokens=False, split_special_tokens=True
+        )
 
     def _without_brackets(self, template_ids: Sequence[int]) -> list[int]:
         """Each grid of Qwen3-VL's clips has brackets of its own, in the place of the template's around the clip."""

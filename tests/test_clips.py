@@ -56,8 +56,8 @@ class ClipReference(Reference):
             output = self.model.get_video_features(pixels, grid, return_dict=True)
         return [output.pooler_output[0], *(rows[0] for rows in output.get("deepstack_features") or ())]
 
-    def clip_inputs(self, text: str, shown: list[Image.Image], fps: float) -> dict[str, Any]:
-        """What `generate()` takes for a clip before a text."""
+    def clip_inputs(self, text: str, shown: list[Image.Image], fps: float, before: str = "") -> dict[str, Any]:
+        """What `generate()` takes for a clip between texts."""
         pixels, grid = self.clip(shown)
         num_grids, num_tokens = int(grid[0, 0]), int(grid[0].prod()) // 4 // int(grid[0, 0])
         placeholders = f"{VISION_START}{VIDEO_PAD * num_tokens * num_grids}{VISION_END}"
@@ -66,7 +66,7 @@ class ClipReference(Reference):
             times = [(2 * index + min(2 * index + 1, last)) / 2 / fps for index in range(num_grids)]
             one = f"{VISION_START}{VIDEO_PAD * num_tokens}{VISION_END}"
             placeholders = "".join(f"<{time:.1f} seconds>{one}" for time in times)
-        content = [{"type": "video"}, {"type": "text", "text": text}]
+        content = [{"type": "text", "text": before}, {"type": "video"}, {"type": "text", "text": text}]
         prompt = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
@@ -92,10 +92,16 @@ class ClipReference(Reference):
 
 @pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its configuration names the rule of the transformers that it is compared with."""
+    """Its configuration names the rule of the transformers that it is compared with. Its tokenizer joins ':<', as
+    Qwen's do."""
     directory = write_tiny_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"mrope_rule": "hf5"}))
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    vocab, merges = tokenizer["model"]["vocab"], tokenizer["model"]["merges"]
+    vocab[":<"] = vocab.pop("".join(merges[-1]))
+    merges[-1] = [":", "<"]
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
     return directory
 
 
@@ -150,6 +156,18 @@ async def test_greedy_tokens_about_a_clip_are_those_of_generate(
     positions, _ = reference.model.model.get_rope_index(**{name: inputs[name] for name in names if name in inputs})
     assert torch.equal(prepared.request.positions, positions[:, 0])
     assert await tokens_of(both, prepared) == reference.clip_tokens("Which way does it move?", shown, fps)
+
+
+@pytest.mark.parametrize("before", ["Look at this:", "看：", "What? ", "a<|im_end|>:"])
+async def test_text_before_a_clip_is_tokenized_with_what_follows_it(
+    both: Services, reference: ClipReference, before: str
+) -> None:
+    shown = frames(4, first=250)
+    prepared = await prepare(both, before, frames_part(shown, fps=2), "What?")
+    written = before.replace("<|im_end|>", "<|im_\0end|>")  # which the service takes as text
+    expected = reference.clip_inputs("What?", shown, 2, written)["input_ids"][0].tolist()
+    nothing = reference.tokenizer.encode("\0")
+    assert prepared.request.prompt_token_ids == [token for token in expected if [token] != nothing]
 
 
 async def test_clip_from_a_lossless_file_is_its_frames(both: Services, reference: ClipReference) -> None:
