@@ -18,7 +18,8 @@ class Config(BaseModel):
 
 
 class VideoLimits(Config):
-    """What a clip may cost. All but the time are known before a frame is decoded."""
+    """What a clip may cost. All but the time to decode are known before a frame is decoded, of an animated GIF or WebP
+    only the numbers of frames and pixels in the file."""
 
     max_clips: int = Field(4, ge=0, description="clips in one request")
     max_frames: int = Field(128, ge=1, description="frames that a clip is sampled to, or is sent as")

@@ -1,6 +1,6 @@
 """Decodes the frames of a clip that are asked for, as a process of its own: decoders get bytes from anybody.
 
-    python clip_decoder.py '{"sampling": {...}, "limits": {...}, "max_frame_pixels": ...}' < clip > frames
+    python clip_decoder.py '{"sampling": {...}, "limits": {..., "max_frame_pixels": ...}}' < clip > frames
 
 What it writes is the pixels of the frames, 3 bytes for each, then what it says of them in JSON, then the length of
 that as 4 bytes. A clip that takes more memory or time than it may ends this process and no other. It is run as a
@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from itertools import accumulate
 from typing import Any, BinaryIO, Protocol
 
 import av
@@ -142,8 +141,11 @@ class Animation:
         num_frames: int = getattr(self._open(), "n_frames", 1)  # what finds it out decodes nothing
         check_number(num_frames, self._limits)
         check_pixels(self.size, num_frames, self._limits, "max_decoded_pixels")
-        durations = [self._seconds(image) for image in self._images()]
-        *times, end = accumulate(durations, initial=Fraction(0))
+        times, end = [], Fraction(0)
+        for image in self._images():
+            times.append(end)
+            end += self._seconds(image)
+            check_seconds(end, self._limits)  # at once: what says when frames are shown decodes them
         return Schedule(times, end, Fraction(1, 1000))
 
     def frames(self) -> Iterator[tuple[Fraction, Draw]]:
@@ -238,6 +240,15 @@ def check_number(num_frames: int, limits: dict[str, Any]) -> None:
         )
 
 
+def check_seconds(seconds: Fraction, limits: dict[str, Any]) -> None:
+    if seconds > limits["max_seconds"]:
+        raise Refused(
+            f"the clip lasts {float(seconds):.1f} s or more, the limit is {limits['max_seconds']:g} s "
+            "(limits.video.max_seconds)",
+            "video_too_long",
+        )
+
+
 def check_frame(size: tuple[int, int], limits: dict[str, Any]) -> None:
     width, height = size
     if width * height > limits["max_frame_pixels"]:
@@ -273,16 +284,13 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def decode(data: bytes, sampling: dict[str, Any], limits: dict[str, Any], out: BinaryIO) -> dict[str, Any]:
-    """Writes the frames and returns what there is to say of them. All limits are checked before a frame is decoded."""
+    """Writes the frames and returns what there is to say of them. All limits are checked before a frame of a container
+    is decoded; of an animation those on durations and on samples meanwhile.
+    """
     source = open_source(data, limits)
     check_frame(source.size, limits)
     schedule = source.schedule()
-    if schedule.end > limits["max_seconds"]:
-        raise Refused(
-            f"the clip lasts {float(schedule.end):.1f} s, the limit is {limits['max_seconds']:g} s "
-            "(limits.video.max_seconds)",
-            "video_too_long",
-        )
+    check_seconds(schedule.end, limits)
     samples = choose(schedule, sampling, limits)
     check_pixels(source.size, len(samples.times), limits, "max_sampled_pixels")
     check_pixels(source.size, sum(time <= samples.times[-1] for time in schedule.times), limits, "max_decoded_pixels")

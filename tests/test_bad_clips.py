@@ -17,6 +17,7 @@ from PIL import Image
 from common.config import ImageLimits, VideoLimits
 from common.errors import InvalidRequestError
 from llm_service import clips
+from llm_service.clip_decoder import Animation, Refused, open_source
 from llm_service.video_parts import Sampling
 from tests.clips import FFV1, LOSSLESS, WEBM, animation, clip_of_file, frames, frames_part, png, video, video_part
 from tests.services import URL, Services, body, data_url, image_part
@@ -137,7 +138,7 @@ def limited(**limits: Any) -> ImageLimits:
 @pytest.mark.parametrize(
     ("limits", "words"),
     [
-        (limited(max_seconds=0.1), "lasts 0.2 s, the limit is 0.1 s (limits.video.max_seconds)"),
+        (limited(max_seconds=0.1), "lasts 0.2 s or more, the limit is 0.1 s (limits.video.max_seconds)"),
         (limited(max_frames=5), "gives 6 frames at 30 fps, the limit is 5 (limits.video.max_frames)"),
         (limited(max_decoded_frames=5), "6 frames or more, the limit is 5 (limits.video.max_decoded_frames)"),
         (limited(max_decoded_pixels=20_000), "6 frames of 84 x 56 pixels, the limit is 20000 pixels together"),
@@ -150,6 +151,17 @@ def test_limit_is_named_with_both_numbers(limits: ImageLimits, words: str) -> No
     with pytest.raises(InvalidRequestError) as raised:
         clip_of_file(MP4, Sampling(fps=30.0), limits)
     assert words in raised.value.message
+
+
+def test_animation_that_lasts_too_long_is_decoded_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = animation(frames(30, height=28, width=28), "WEBP", duration_ms=100, lossless=True)
+    limits = VideoLimits(max_seconds=1).model_dump() | {"max_frame_pixels": 10_000}
+    seen = []
+    seconds = Animation._seconds
+    monkeypatch.setattr(Animation, "_seconds", lambda *asked: seen.append(1) or seconds(*asked))
+    with pytest.raises(Refused, match=r"lasts 1.1 s or more, the limit is 1 s \(limits.video.max_seconds\)"):
+        open_source(data, limits).schedule()
+    assert len(seen) == 11
 
 
 async def test_file_above_the_byte_limit_is_refused_before_it_is_decoded(http: httpx2.AsyncClient) -> None:
