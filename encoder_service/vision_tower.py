@@ -142,6 +142,7 @@ class VisionTower(nn.Module):
         shapes = {"cu_seqlens": (_MAX_GRAPH_IMAGES + 2, size), "cu_window_seqlens": (size // merge**2 + 1, 0)}
         for name in _LONGEST.keys() & inputs.keys():
             length, longest = shapes[name]
+            assert len(inputs[name]) <= length, "padding would cut segments off"
             inputs[name] = F.pad(inputs[name], (0, length - len(inputs[name])), value=size).to(self._tower.device)
             inputs[_LONGEST[name]] = longest or (self._tower.window_size // self._tower.patch_size) ** 2
         return inputs
