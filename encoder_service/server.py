@@ -82,7 +82,7 @@ class EncoderServer:
 
         Raises InvalidRequestError for bad bytes, OverloadedError when too many images wait, and DeadlineExceededError.
         """
-        if await self._beside(item, mm_hash, item.data) != item.mm_hash:
+        if await self._on_thread_if_large(item, mm_hash, item.data) != item.mm_hash:
             raise InvalidRequestError("the image bytes do not match their mm_hash")
         self._params.add(str(item.params))
         key = self._encoder.namespace.of(item.tenant).key(item.mm_hash, str(item.params))
@@ -97,7 +97,7 @@ class EncoderServer:
         if namespace != str(self._encoder.namespace.of(item.tenant)):
             return None
         await self._batcher.idle()
-        spec = await self._beside(item, self._spec, item)
+        spec = await self._on_thread_if_large(item, self._spec, item)
         with self._room(item, spec):
             embedding = await self._encode(item, spec)
         is_right = await self._on_thread(content_digest, embedding) == digest
@@ -136,7 +136,7 @@ class EncoderServer:
         # The caller missed a moment ago, but another replica may have published the image since. A store that does not
         # answer has cost the caller its time already, so it is not waited for once more.
         since = self._cache.moment
-        spec = await self._beside(item, self._spec, item)
+        spec = await self._on_thread_if_large(item, self._spec, item)
         hits = await _soon(self._cache.get_many({key: spec}))
         hit = None if hits is None else hits.get(key)
         if hits is not None and hit is None and await _soon(self._cache.claim(key, spec, self._producer)) is False:
@@ -217,7 +217,7 @@ class EncoderServer:
     async def _on_thread(self, function: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
 
-    async def _beside(self, item: MediaItem, function: Callable[..., T], *arguments: object) -> T:
+    async def _on_thread_if_large(self, item: MediaItem, function: Callable[..., T], *arguments: object) -> T:
         """On a thread if the item is large, but not on one of those that decode, for which it would have to wait."""
         if len(item.data) <= _MAX_INLINE_BYTES:
             return function(*arguments)

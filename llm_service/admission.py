@@ -13,7 +13,6 @@ from llm_service.config import AdmissionConfig, ApiKey
 
 Quantity = Literal["requests", "bytes", "prompt_tokens", "vision_tokens"]
 
-MAX_RETRY_AFTER_S = 60.0  # beyond 120 s OpenAI's client does not try again at all
 
 _UNKNOWN_RETRY_S = 5.0  # before anything was given back
 _MEMORY_S = 30.0  # how long the rate remembers
@@ -188,7 +187,7 @@ class Admission:
                 f"{held.amount} {name} are held by requests, {amount} more would exceed the limit of {held.limit} "
                 f"(api.admission)",
                 code="overloaded",
-                retry_after_s=min(wait_s, MAX_RETRY_AFTER_S),
+                retry_after_s=wait_s,
             )
 
     def leave(self, key: ApiKey | None) -> None:
@@ -203,7 +202,7 @@ class Admission:
             raise OverloadedError(
                 f"the key {key.name!r} may make {key.max_requests_per_minute} requests a minute",
                 code="rate_limit_exceeded",
-                retry_after_s=min(wait_s, MAX_RETRY_AFTER_S),
+                retry_after_s=wait_s,
             )
         wait_s = self._concurrency[key.name].take(1)
         if wait_s is not None:
@@ -211,5 +210,5 @@ class Admission:
             raise OverloadedError(
                 f"the key {key.name!r} may have {key.max_concurrent_requests} requests running at once",
                 code="concurrency_limit_exceeded",
-                retry_after_s=min(wait_s, MAX_RETRY_AFTER_S),
+                retry_after_s=wait_s,
             )

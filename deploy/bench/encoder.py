@@ -59,7 +59,8 @@ def run(sizes: Sequence[int], seconds: float, output: Path) -> None:
             server = _server(model, encoder.half, numerics)
             for size, data in pictures.items():
                 num_patches = _grid(size)[1] * _grid(size)[2]
-                for count in {1, max(1, EncoderConfig().max_batch_patches // num_patches) if encoder.is_batched else 1}:
+                largest = EncoderConfig().max_batch_patches // num_patches if encoder.is_batched else 1
+                for count in sorted({1, max(1, largest)}):
                     tables["tower"].append(_tower(numerics, encoder.half, _grid(size), count))
                 tables["one image"].append(_steps(encoder, numerics, size, data))
                 rate = asyncio.run(_rate(server, data, seconds))

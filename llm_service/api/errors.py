@@ -11,11 +11,12 @@ from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
 from common.errors import InvalidRequestError, ModelNotFoundError, ServingError
-from llm_service.admission import MAX_RETRY_AFTER_S
 
 logger = logging.getLogger(__name__)
 
 ANTHROPIC_PATH = "/v1/messages"
+
+MAX_RETRY_AFTER_S = 60.0  # beyond 120 s OpenAI's client does not try again at all
 
 _RETRY_AFTER_S = 1.0
 # OpenAI's and Anthropic's clients try these again by themselves, which can only make things worse.

@@ -5,9 +5,10 @@ import json
 import shutil
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx2
+import hypothesis.strategies
 import pytest
 
 from common.cache import LocalTier, TieredCache
@@ -18,6 +19,8 @@ from llm_service.api.app import create_app
 from llm_service.config import ApiConfig, EngineConfig
 from llm_service.engine.request import FinishReason, Request, RequestOutput
 from llm_service.server import LLMServer
+
+T = TypeVar("T")
 
 # Qwen2.5's template, shortened: tools in the system message, calls and results in tags
 TOOL_TEMPLATE = (
@@ -35,6 +38,26 @@ TOOL_TEMPLATE = (
     "{{ '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+
+
+def generated(strategy: hypothesis.strategies.SearchStrategy[T], count: int) -> list[T]:
+    """At most `count` examples, the same ones each time. Raises hypothesis's Unsatisfiable where there are none."""
+    found: list[T] = []
+
+    @hypothesis.settings(
+        max_examples=count,
+        database=None,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        phases=[hypothesis.Phase.generate],
+    )
+    @hypothesis.given(strategy)
+    def collect(example: T) -> None:
+        found.append(example)
+
+    collect()
+    return found
 
 
 class ScriptedEngine:

@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import pytest
 from hypothesis import strategies as st
 
 from common.config import ImageLimits
 from common.errors import InvalidRequestError
 from llm_service.image_parts import decode_data_url
-from tests.api.conftest import Service
+from tests.api.conftest import Service, generated
 from tests.conftest import picture
 
 _ADDRESS = re.compile(r"0x[0-9a-f]{8,}")
@@ -159,24 +158,7 @@ async def check(service: Service, path: str, body: Any) -> int:
 
 
 async def hammer(service: Service, count: int) -> None:
-    statuses: list[int] = []
-    found: list[tuple[str, Any]] = []
-
-    @hypothesis.settings(
-        max_examples=count,
-        database=None,
-        deadline=None,
-        derandomize=True,
-        suppress_health_check=list(hypothesis.HealthCheck),
-        phases=[hypothesis.Phase.generate],
-    )
-    @hypothesis.given(requests())
-    def collect(request: tuple[str, Any]) -> None:
-        found.append(request)
-
-    collect()
-    for path, body in found:
-        statuses.append(await check(service, path, body))
+    statuses = [await check(service, path, body) for path, body in generated(requests(), count)]
     print({status: statuses.count(status) for status in sorted(set(statuses))})
     assert statuses.count(200) > count // 20  # or nothing got past the first check
     assert not any(held.amount for held in service.llm.admission.held.values())

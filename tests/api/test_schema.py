@@ -11,7 +11,7 @@ import pytest
 import schemathesis
 from schemathesis import GenerationMode
 
-from tests.api.conftest import Service
+from tests.api.conftest import Service, generated
 
 SAMPLE, SOAK = 6, 200  # of each operation and mode
 
@@ -45,25 +45,11 @@ async def call_every_operation(service: Service, count: int) -> Counter[int]:
 
 
 def cases(operation: Any, mode: GenerationMode, count: int) -> list[Any]:
-    found: list[Any] = []
-
-    @hypothesis.settings(
-        max_examples=count,
-        database=None,
-        deadline=None,
-        derandomize=True,
-        suppress_health_check=list(hypothesis.HealthCheck),
-        phases=[hypothesis.Phase.generate],
-    )
-    @hypothesis.given(operation.as_strategy(mode))
-    def collect(case: Any) -> None:
-        found.append(case)
-
     try:
-        collect()
+        return generated(operation.as_strategy(mode), count)
     except hypothesis.errors.Unsatisfiable:  # an operation without parameters cannot be called wrongly
         assert mode is GenerationMode.NEGATIVE
-    return found
+        return []
 
 
 async def test_no_operation_answers_with_a_5xx(serve: Callable[..., Service]) -> None:

@@ -3,7 +3,8 @@
 import pytest
 
 from common.errors import OverloadedError, UnavailableError
-from llm_service.admission import MAX_RETRY_AFTER_S, Admission, Held, RequestRate
+from llm_service.admission import Admission, Held, RequestRate
+from llm_service.api.errors import MAX_RETRY_AFTER_S
 from llm_service.config import AdmissionConfig, ApiKey
 
 
