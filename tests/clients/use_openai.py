@@ -33,8 +33,13 @@ chunks = list(stream)
 assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == "red"
 assert chunks[-1].usage.total_tokens == answer.usage.total_tokens
 
-conversation = [*messages, {"role": "assistant", "content": "red"}, {"role": "user", "content": "And the square?"}]
-assert client.chat.completions.create(model=model, messages=conversation, temperature=0).choices[0].message.content
+conversation = [
+    *messages,
+    {"role": "assistant", "content": "red"},
+    {"role": "user", "content": "What colour is the square?"},
+]
+again = client.chat.completions.create(model=model, messages=conversation, temperature=0)
+assert again.choices[0].message.content == "blue", again
 
 response = client.responses.create(
     model=model,
