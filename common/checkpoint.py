@@ -16,6 +16,7 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import logging as transformers_logging
 
@@ -264,10 +265,14 @@ def _from_checkpoint(
 
 def _with_dummy_weights(cls: type[PreTrainedModel], config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """Random weights seeded by parameter name, so that two halves match the whole wherever they are made."""
-    model: PreTrainedModel = cls._from_config(config, dtype=dtype)
+    with no_init_weights():  # transformers' own would take six times as long as all else here, and have no seed
+        model: PreTrainedModel = cls._from_config(config, dtype=dtype)
+    model.tie_weights()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:  # norms and biases keep their ones and zeros
+            if parameter.dim() == 1 and name.endswith((".weight", ".bias")):
+                parameter.fill_(name.endswith(".weight"))  # of norms, and of anything
+            else:
                 generator = torch.Generator().manual_seed(int(framed_digest("dummy", name)[:15], 16))
                 parameter.normal_(0.0, 0.02, generator=generator)
     return model

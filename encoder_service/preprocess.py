@@ -103,7 +103,7 @@ class ImagePreprocessor:
         if image.size != size and self.image_backend == "torchvision":
             return _resize_as_torchvision(image, size)
         resized = image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
-        return [np.asarray(band) for band in resized.split()]
+        return [np.frombuffer(resized.tobytes("raw", band), np.uint8).reshape(size[::-1]) for band in "RGB"]
 
     def patchify(self, planes: Planes, grid: Grid) -> Tensor:
         """The patches of a `PreprocessedImage`, of planes of the size of the grid."""

@@ -11,6 +11,7 @@ from transformers import Blip2Config, MllamaConfig, PreTrainedModel
 
 from common.checkpoint import GIB, Half, load_config, load_half, load_preprocessor_config, weights_digest
 from common.config import ModelConfig
+from tests.tiny_families import TINY_FAMILIES, write_tiny_family
 
 
 def model_config(directory: Path, **fields: str) -> ModelConfig:
@@ -40,10 +41,18 @@ def test_lost_tensor_is_refused_by_the_half_that_needs_it(tiny_checkpoint: Path,
         load_half(model_config(broken), "vision")
 
 
-def test_dummy_halves_match_the_dummy_whole_in_every_process(tiny_checkpoint: Path) -> None:
-    digests = {load_half(model_config(tiny_checkpoint, load_format="dummy"), "vision").digest for _ in range(2)}
-    assert len(digests) == 1
-    assert digests != {load_half(model_config(tiny_checkpoint), "vision").digest}
+def test_dummy_weights_are_not_those_of_the_checkpoint(tiny_checkpoint: Path) -> None:
+    dummy, loaded = (
+        load_half(model_config(tiny_checkpoint, load_format=by), "vision") for by in ("dummy", "safetensors")
+    )
+    assert dummy.digest != loaded.digest
+
+
+@pytest.mark.parametrize("half", ["vision", "language"])
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_dummy_weights_are_the_same_in_every_replica(family: str, half: Half, tmp_path: Path) -> None:
+    config = model_config(write_tiny_family(family, tmp_path), load_format="dummy")
+    assert len({load_half(config, half).digest for _ in range(2)}) == 1
 
 
 def test_other_weights_have_another_digest(tiny_checkpoint: Path) -> None:
