@@ -21,7 +21,7 @@ from common.identity import EmbeddingNamespace
 from common.media import MediaItem, MediaParams, image_header
 from deploy.bench import report
 from encoder_service.preprocess import ImagePreprocessor
-from llm_service.features import FeatureSource, ImageRequest
+from llm_service.features import FeatureSource, ImageRequest, embedding_key
 
 # Qwen2-VL-2B's
 _GEOMETRY = PatchGeometry(patch_size=14, merge_size=2, hidden_size=1536, min_pixels=3136, max_pixels=12845056)
@@ -163,7 +163,7 @@ async def compare_hit_with_preprocessing(repeats: int = 15) -> dict[str, Any]:
     request = _request(data)
     spec = _GEOMETRY.embedding_spec(request.grid_thw, torch.bfloat16)
     features = {name: torch.zeros(shape, dtype=spec.dtype) for name, shape in spec.shapes.items()}
-    key = (await encoder.describe()).key(request.item.mm_hash, str(_PARAMS))
+    key = embedding_key(await encoder.describe(), request.item)
     cache.put(key, pack(VisionEmbedding(features, request.grid_thw), key=key))
 
     hit_s, preprocess_s = [], []
