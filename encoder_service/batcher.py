@@ -1,8 +1,8 @@
-"""Collects waiting images into batches of a bounded number of patches and runs them one batch at a time."""
+"""Collects waiting images into batches of a bounded number of patches and runs them, one or two at a time."""
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -20,42 +20,51 @@ class _Waiting:
 
 
 class Batcher:
-    """First come, first served. While one batch runs, the next one gathers; images nobody waits for are skipped."""
+    """First come, first served. While batches run, the next one gathers; images nobody waits for are skipped.
 
-    def __init__(self, encode: Encode, config: EncoderConfig) -> None:
+    `num_at_once` batches are given to `encode`, each on a thread of its own.
+    """
+
+    def __init__(self, encode: Encode, config: EncoderConfig, num_at_once: int = 1) -> None:
         self._encode = encode
         self._config = config
         self._queue: deque[_Waiting] = deque()
-        self._device = ThreadPoolExecutor(1, thread_name_prefix="vision-encoder")
-        self._running: asyncio.Task[None] | None = None
+        self._num_at_once = num_at_once
+        self._device = ThreadPoolExecutor(num_at_once, thread_name_prefix="vision-encoder")
+        self._running: set[asyncio.Task[None]] = set()
 
     async def submit(self, image: Preprocessed) -> VisionEmbedding:
         """Returns when its batch is done. A caller that leaves before takes its image out of the queue."""
         waiting = _Waiting(image, asyncio.get_running_loop().create_future())
         self._queue.append(waiting)
-        if self._running is None or self._running.done():
-            self._running = asyncio.create_task(self._run())
+        if len(self._running) < self._num_at_once:
+            self._running.add(asyncio.create_task(self._run()))
         return await waiting.result
 
     async def idle(self) -> None:
         """Returns when no image waits and none is being encoded."""
-        while self._running is not None and not self._running.done():
-            await asyncio.wait([self._running])
+        while self._running:
+            await asyncio.wait(self._running)
 
     async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
         while batch := self._next_batch():
-            images = [waiting.image for waiting in batch]
-            try:
-                embeddings = await loop.run_in_executor(self._device, self._encode, images)
-            except Exception as exc:  # every caller of the batch gets it; the next batch goes on
-                for waiting in batch:
-                    if not waiting.result.done():
-                        waiting.result.set_exception(exc)
-                continue
-            for waiting, embedding in zip(batch, embeddings, strict=True):
+            await self._encode_batch(batch)
+        task = asyncio.current_task()
+        assert task is not None
+        self._running.discard(task)  # here and not later: what is submitted next needs another one
+
+    async def _encode_batch(self, batch: Sequence[_Waiting]) -> None:
+        images = [waiting.image for waiting in batch]
+        try:
+            embeddings = await asyncio.get_running_loop().run_in_executor(self._device, self._encode, images)
+        except Exception as exc:  # every caller of the batch gets it; the next batch goes on
+            for waiting in batch:
                 if not waiting.result.done():
-                    waiting.result.set_result(embedding)
+                    waiting.result.set_exception(exc)
+            return
+        for waiting, embedding in zip(batch, embeddings, strict=True):
+            if not waiting.result.done():
+                waiting.result.set_result(embedding)
 
     def _next_batch(self) -> list[_Waiting]:
         """As many images from the head of the queue as fit the budget, at least one if anyone is waiting."""

@@ -1,7 +1,9 @@
 """The vision half on its device: preprocessed images in, embeddings out. The only code here that runs a model."""
 
+import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -60,13 +62,59 @@ def load_preprocessor(
     return StockPreprocessor(directory, config, geometry, limits)
 
 
+class _Stopwatch:
+    """The time that a device takes for what is launched until `stop`, and not for what it had to do before."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_gpu = device.type == "cuda"
+        self._begin = self._now()
+
+    def stop(self) -> None:
+        self._end = self._now()
+
+    def wait_ms(self) -> float:
+        """Returns when the device is so far."""
+        if not self._is_gpu:
+            return float(self._end - self._begin) * 1000
+        self._end.synchronize()
+        return float(self._begin.elapsed_time(self._end))
+
+    def _now(self) -> Any:
+        if not self._is_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+
+@dataclass(frozen=True, slots=True)
+class _Forward:
+    """What a GPU may still be working on. `tensors` has those of each image."""
+
+    images: Sequence[Preprocessed]
+    tensors: list[dict[str, Tensor]]
+    stopwatch: _Stopwatch
+
+    def embeddings(self) -> list[VisionEmbedding]:
+        ms_per_patch = self.stopwatch.wait_ms() / sum(image.num_patches for image in self.images)
+        return [
+            VisionEmbedding(of_image, image.grid_thw, encode_ms=ms_per_patch * image.num_patches)
+            for image, of_image in zip(self.images, self.tensors, strict=True)
+        ]
+
+
 class VisionEncoder:
-    """Encodes a batch of images. In `exact` numerics each has a forward of its own, so company changes no bit."""
+    """Encodes a batch of images. In `exact` numerics each has a forward of its own, so company changes no bit.
+
+    Thread-safe: on a GPU one thread's batch is launched while another one's runs.
+    """
 
     def __init__(self, half: LoadedHalf, preprocessor: Preprocessor, numerics: str) -> None:
         self.half = half
         self.preprocessor = preprocessor
         self.is_batched = numerics == "fast" and preprocessor.can_batch
+        self.num_at_once = 2 if half.device.type == "cuda" else 1
+        self._launching = threading.Lock()
         self.namespace = EmbeddingNamespace(
             weights=half.digest,
             model_class=type(half.model).__name__,
@@ -86,26 +134,33 @@ class VisionEncoder:
             base.visual = VisionTower(base.visual, exact=not self.is_batched)
             base.visual.warm_up()
 
+    def _has_own_tower(self) -> bool:
+        return torch.cuda.is_available() and isinstance(getattr(base_of(self.half.model), "visual", None), VisionTower)
+
     def encode(self, images: Sequence[Preprocessed]) -> list[VisionEmbedding]:
         """One embedding for each image, on the CPU, in order."""
         groups = [images] if self.is_batched else [[image] for image in images]
-        return [embedding for group in groups for embedding in self._forward(group)]
+        with self._launching:
+            forwards = [self._launch(group) for group in groups]
+        return [embedding for forward in forwards for embedding in forward.embeddings()]
 
     @torch.inference_mode()
-    def _forward(self, images: Sequence[Preprocessed]) -> list[VisionEmbedding]:
-        started = time.perf_counter()
+    def _launch(self, images: Sequence[Preprocessed]) -> _Forward:
+        stopwatch = _Stopwatch(self.half.device)
         inputs = self.preprocessor.model_inputs(images, self.half.device)
         inputs["pixel_values"] = inputs["pixel_values"].to(self.half.dtype)
+        if self._has_own_tower():  # which reads the grids, and would wait for all that the device has to do
+            inputs["image_grid_thw"] = torch.tensor([image.grid_thw for image in images])
         output = self.half.model.get_image_features(**inputs, return_dict=True)
         deepstack = output.get("deepstack_features") or []
         sets = {"features": output.pooler_output, **dict(zip(deepstack_names(len(deepstack)), deepstack, strict=True))}
         rows_of_sets = {name: rows_of_images(rows) for name, rows in sets.items()}
-        tensors = [{name: rows[index].cpu() for name, rows in rows_of_sets.items()} for index in range(len(images))]
-        ms_per_patch = (time.perf_counter() - started) * 1000 / sum(image.num_patches for image in images)
-        return [
-            VisionEmbedding(of_image, image.grid_thw, encode_ms=ms_per_patch * image.num_patches)
-            for image, of_image in zip(images, tensors, strict=True)
+        tensors = [
+            {name: rows[index].to("cpu", non_blocking=True) for name, rows in rows_of_sets.items()}
+            for index in range(len(images))
         ]
+        stopwatch.stop()
+        return _Forward(images, tensors, stopwatch)
 
 
 def rows_of_images(features: Tensor | Sequence[Tensor]) -> list[Tensor]:

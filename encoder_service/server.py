@@ -61,7 +61,7 @@ class EncoderServer:
         if is_own:
             self._encoder.speed_up()
         self._dtype = half.dtype
-        self._batcher = Batcher(self._encoder.encode, config)
+        self._batcher = Batcher(self._encoder.encode, config, self._encoder.num_at_once)
         self._max_images = config.max_queued_images
         self._preprocessing = Stage(config.preprocess_threads)
         self._encoding = Stage()

@@ -19,7 +19,7 @@ from common.families import family_of
 from common.geometry import ImageGeometry
 from common.identity import framed_digest
 from common.media import MediaParams
-from encoder_service.preprocess import decode
+from encoder_service.preprocess import decode, to_device
 
 # what get_image_features takes of what an image processor gives
 _MODEL_INPUTS = ("pixel_values", "pixel_attention_mask", "image_sizes", "batch_num_images")
@@ -73,7 +73,7 @@ class StockPreprocessor:
 
     def model_inputs(self, images: Sequence[PixelInputs], device: torch.device) -> dict[str, Tensor]:
         (image,) = images
-        return {name: tensor.to(device) for name, tensor in image.tensors.items()}
+        return {name: to_device(tensor, device) for name, tensor in image.tensors.items()}
 
     def fingerprint(self) -> str:
         """Everything here that pixel values depend on besides the image and its params, for the namespace."""

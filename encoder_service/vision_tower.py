@@ -10,6 +10,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
@@ -27,11 +28,12 @@ from transformers.vision_utils import (
 
 from common.embedding import Grid
 from encoder_service.kernels import look_up, rotate_queries_and_keys
+from encoder_service.preprocess import to_device
 
 _SIZES = (256, 512, 1024, 1536, 2048, 3072, 4096)  # patches of the graphs for several images
 _MAX_GRAPH_PATCHES = _SIZES[-1]  # a forward of more takes longer than its launches
 _MAX_GRAPH_IMAGES = 16
-_MAX_GRIDS = 32  # with graphs: those that were seen last
+_MAX_GRIDS = 32  # with graphs, or whose positions are kept: those that were seen last
 _MAX_SEPARATE_SEGMENTS = 32  # `fast`: above it one slower attention for all segments costs less than their launches
 
 _LONGEST = {"cu_seqlens": "max_seqlen", "cu_window_seqlens": "max_window_seqlen"}
@@ -73,6 +75,7 @@ class VisionTower(nn.Module):
         self._by_grid: OrderedDict[Grid, _Graph] = OrderedDict()
         self._seen: set[Grid] = set()  # as many as there are grids of few patches
         self._pool: Any = None  # memory that the graphs share, since one runs at a time
+        self._grid_inputs = lru_cache(_MAX_GRIDS)(self._compute_grid_inputs)
         for block in tower.blocks:
             block.attn = _Attention(block.attn)
             if isinstance(getattr(block.mlp, "act", None), QuickGELUActivation):
@@ -113,7 +116,11 @@ class VisionTower(nn.Module):
         return graph.replay(pixel_values, {})
 
     def _capture(self, pixel_values: Tensor, inputs: Mapping[str, Any]) -> _Graph:
-        pixel_values = pixel_values.clone()
+        """Of tensors of its own, which a replay overwrites."""
+        own = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        return self._record(pixel_values.clone(), own)
+
+    def _record(self, pixel_values: Tensor, inputs: Mapping[str, Any]) -> _Graph:
         self._forward(pixel_values, inputs)  # compiles kernels and allocates workspaces, which a capture must not
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
@@ -126,11 +133,11 @@ class VisionTower(nn.Module):
 
     def _inputs(self, grids: Sequence[Grid]) -> dict[str, Any]:
         """What the tower needs of the grids. Segments are on the CPU where each has an attention of its own."""
-        inputs = self._grid_inputs(grids)
+        inputs = dict(self._grid_inputs(tuple(grids)))
         for name in _LONGEST.keys() & inputs.keys():
             if not self._exact and len(inputs[name]) > _MAX_SEPARATE_SEGMENTS:
                 inputs[_LONGEST[name]] = int(inputs[name].diff().max())
-                inputs[name] = inputs[name].to(self._tower.device)
+                inputs[name] = to_device(inputs[name], self._tower.device)
         return inputs
 
     def _filled_inputs(self, grids: Sequence[Grid], size: int) -> dict[str, Any]:
@@ -138,32 +145,33 @@ class VisionTower(nn.Module):
         merge = self._tower.spatial_merge_size
         num_left = size - sum(t * h * w for t, h, w in grids)
         filler: list[Grid] = [(1, merge, num_left // merge)] if num_left else []
-        inputs = self._grid_inputs([*grids, *filler])
+        inputs = dict(self._grid_inputs((*grids, *filler)))
         shapes = {"cu_seqlens": (_MAX_GRAPH_IMAGES + 2, size), "cu_window_seqlens": (size // merge**2 + 1, 0)}
         for name in _LONGEST.keys() & inputs.keys():
             length, longest = shapes[name]
             assert len(inputs[name]) <= length, "padding would cut segments off"
-            inputs[name] = F.pad(inputs[name], (0, length - len(inputs[name])), value=size).to(self._tower.device)
+            padded = F.pad(inputs[name], (0, length - len(inputs[name])), value=size)
+            inputs[name] = to_device(padded, self._tower.device)
             inputs[_LONGEST[name]] = longest or (self._tower.window_size // self._tower.patch_size) ** 2
         return inputs
 
-    def _grid_inputs(self, grids: Sequence[Grid]) -> dict[str, Any]:
+    def _compute_grid_inputs(self, grids: tuple[Grid, ...]) -> Mapping[str, Any]:
         """By transformers' own functions; segments, `[segments + 1]`, on the CPU, all else on the device."""
         tower, device = self._tower, self._tower.device
         grid_thw = torch.tensor(grids)
         inputs = {
-            "position_ids": get_vision_position_ids(grid_thw, tower.spatial_merge_size).to(device),
+            "position_ids": to_device(get_vision_position_ids(grid_thw, tower.spatial_merge_size), device),
             "cu_seqlens": get_vision_cu_seqlens(grid_thw),
         }
         if hasattr(tower, "window_size"):
             index, segments = get_vision_window_index(
                 grid_thw, tower.spatial_merge_size, tower.window_size, tower.patch_size
             )
-            inputs |= {"window_index": index.to(device), "cu_window_seqlens": segments}
+            inputs |= {"window_index": to_device(index, device), "cu_window_seqlens": segments}
         if hasattr(tower, "num_grid_per_side"):
             # on the device, where transformers computes the weights too: their bits depend on it
             inputs["interp_indices"], inputs["interp_weights"] = get_vision_interpolation_indices_and_weights(
-                grid_thw.to(device),
+                to_device(grid_thw, device),
                 tower.num_grid_per_side,
                 tower.interpolation_mode,
                 tower.interpolation_align_corners,

@@ -130,6 +130,10 @@ async def test_large_grid_of_a_clip_is_hashed_and_measured_once_and_beside_the_e
     assert called == [("hash", False), ("spec", False)]
 
 
+def blank(num_patches: int) -> PreprocessedImage:
+    return PreprocessedImage(torch.zeros(num_patches, 3, 14, 14, dtype=torch.uint8), (1, 2, num_patches // 2))
+
+
 async def test_images_that_nobody_waits_for_are_skipped() -> None:
     encoded: list[int] = []
     gate = asyncio.Event()
@@ -139,20 +143,41 @@ async def test_images_that_nobody_waits_for_are_skipped() -> None:
         encoded.extend(image.num_patches for image in images)
         return [None] * len(images)
 
-    def image(num_patches: int) -> PreprocessedImage:
-        return PreprocessedImage(torch.zeros(num_patches, 3, 14, 14, dtype=torch.uint8), (1, 2, num_patches // 2))
-
     loop = asyncio.get_running_loop()
     batcher = Batcher(encode, EncoderConfig(max_batch_patches=10))
-    first = asyncio.create_task(batcher.submit(image(4)))
+    first = asyncio.create_task(batcher.submit(blank(4)))
     await asyncio.sleep(0.01)  # the first batch is on the device
-    waiting = [asyncio.create_task(batcher.submit(image(size))) for size in (6, 8, 20)]
+    waiting = [asyncio.create_task(batcher.submit(blank(size))) for size in (6, 8, 20)]
     await asyncio.sleep(0.01)
     waiting[1].cancel()
     await asyncio.sleep(0)
     gate.set()
     await asyncio.gather(first, waiting[0], waiting[2])
     assert encoded == [4, 6, 20]
+
+
+async def test_next_batch_is_launched_while_one_runs_and_no_third_one() -> None:
+    running: list[int] = []
+    most, gate = 0, threading.Event()
+
+    def encode(images: list[PreprocessedImage]) -> list[int]:
+        nonlocal most
+        running.append(len(images))
+        most = max(most, len(running))
+        gate.wait(5)
+        running.pop()
+        return [image.num_patches for image in images]
+
+    batcher = Batcher(encode, EncoderConfig(max_batch_patches=10), num_at_once=2)
+    for _ in range(2):  # it comes to rest between
+        tasks = [asyncio.create_task(batcher.submit(blank(size))) for size in (10, 8, 6, 4, 2)]
+        await asyncio.sleep(0.05)
+        assert running == [1, 1]
+        gate.set()
+        assert await asyncio.gather(*tasks) == [10, 8, 6, 4, 2]
+        await asyncio.wait_for(batcher.idle(), 5)
+        gate.clear()
+    assert most == 2
 
 
 @pytest.mark.parametrize("with_alias", [False, True])

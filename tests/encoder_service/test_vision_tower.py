@@ -116,8 +116,7 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cuda":
         return
 
-    def capture(self: VisionTower, pixel_values: Tensor, inputs: Mapping[str, Any]) -> vision_tower._Graph:
-        pixel_values = pixel_values.clone()
+    def record(self: VisionTower, pixel_values: Tensor, inputs: Mapping[str, Any]) -> vision_tower._Graph:
         output = self._forward(pixel_values, inputs)
 
         def replay() -> None:
@@ -127,7 +126,7 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return vision_tower._Graph(SimpleNamespace(replay=replay), pixel_values, inputs, output)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(VisionTower, "_capture", capture)
+    monkeypatch.setattr(VisionTower, "_record", record)
     monkeypatch.setattr(vision_tower, "varlen_attn", attend)
 
 
@@ -161,3 +160,17 @@ def test_images_in_one_fast_forward_are_nearly_what_each_is_alone(
         together = rows(tower, pixel_values, company)
         expected = torch.cat(alone, 1)
         assert (together - expected).norm() < 2e-2 * expected.norm()
+
+
+def test_replayed_graph_leaves_the_positions_of_other_forwards_alone(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vision_tower, "_SIZES", (64,))
+    monkeypatch.setattr(vision_tower, "_MAX_GRAPH_PATCHES", 64)
+    tower, reference = VisionTower(stock(name), exact=False), stock(name)
+    tower.warm_up()
+    empty: Grid = (1, 2, 32)  # as long as the graph, whose positions are of this grid at first
+    for _ in range(2):
+        rows(tower, pixels(GRIDS[::2]), GRIDS[::2])
+        found, expected = rows(tower, pixels([empty]), [empty]), rows(reference, pixels([empty]), [empty])
+        assert (found - expected).norm() < 2e-2 * expected.norm()
