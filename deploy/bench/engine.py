@@ -72,7 +72,7 @@ def run_gpu(output: Path, *, concurrencies: Sequence[int] = (1, 64, 256)) -> Non
             tables["decode step"].append(decode_step(engine, numerics, batch, context))
         for batch in (1, 16, 64, 256):
             tables["engine"].append(engine_throughput(engine, numerics, batch, 2048, tables["decode step"]))
-        tables["prompt"] += [prompt(engine, numerics, num_tokens) for num_tokens in (512, 8192)]
+        tables["prompt"] += [prompt(engine, numerics, num_tokens) for num_tokens in (64, 300, 512, 1024, 8192)]
         tables["prefix"].append(prefix_hit(engine, numerics, 2048))
         tables["generate"] += [decode_rate(engine, numerics, concurrency) for concurrency in concurrencies]
         del engine
@@ -194,7 +194,7 @@ def decode_rate(
     engine: LLMEngine, numerics: Numerics, concurrency: int, num_prompt_tokens: int = 300, num_tokens: int = 256
 ) -> dict[str, Any]:
     """Tokens a second of `concurrency` requests between the first token and token 256: all of `generate` less the same
-    with one token of answer, as deploy/bench/vllm_peer.py measures vLLM."""
+    with one token of answer, as deploy/bench/vllm_peer.py measures vLLM; and of these prompts a second."""
 
     def seconds(length: int) -> float:
         requests = [request_of(num_prompt_tokens, length) for _ in range(concurrency)]
@@ -206,8 +206,14 @@ def decode_rate(
         return time.perf_counter() - begin
 
     seconds(num_tokens)  # warm
-    decode_s = statistics.median(seconds(num_tokens) - seconds(1) for _ in range(3))
-    return {"numerics": numerics, "concurrency": concurrency, "tok/s": concurrency * (num_tokens - 1) / decode_s}
+    rounds = [(seconds(num_tokens), seconds(1)) for _ in range(3)]
+    decode_s = statistics.median(whole_s - prompts_s for whole_s, prompts_s in rounds)
+    return {
+        "numerics": numerics,
+        "concurrency": concurrency,
+        "tok/s": concurrency * (num_tokens - 1) / decode_s,
+        "prompts/s": concurrency / statistics.median(prompts_s for _, prompts_s in rounds),
+    }
 
 
 def first_token_s(engine: LLMEngine, request: Request) -> float:

@@ -1,4 +1,4 @@
-"""The model runner on CUDA: decode steps replayed from CUDA graphs, prompts launched kernel by kernel.
+"""The model runner on CUDA: decode steps and short prompts replayed from CUDA graphs, long ones launched by kernel.
 
 Everything is launched and nothing is read back, so that the host prepares the next step while this one is computed.
 """
@@ -28,6 +28,7 @@ from llm_service.engine.model_runner import (
     positions_of,
     rotary_position_ids,
 )
+from llm_service.engine.prompt_graphs import PromptGraphs, PromptShape, num_graph_bytes, prompt_shapes
 from llm_service.engine.request import Request
 from llm_service.engine.scheduler import ScheduledRequest, SchedulerOutput
 
@@ -124,7 +125,9 @@ class CudaModelRunner:
         self.workspace = self._workspace()
         self.tables = _BlockTables(self.max_rows, -(-self.max_model_len // config.block_size), self.device)
         self.graphs: dict[int, _Graph] = {}
-        self._capture_graphs()
+        pool = torch.cuda.graph_pool_handle()
+        self._capture_graphs(pool)
+        self.prompt_graphs = PromptGraphs(self.decoder, self._prompt_shapes(), pool)
 
     @torch.inference_mode()
     def execute(self, output: SchedulerOutput) -> Tensor:
@@ -172,44 +175,60 @@ class CudaModelRunner:
 
     def _prefill(self, items: list[ScheduledRequest]) -> Tensor:
         rows = packed_rows(items)
-        num_tokens = rows[-1].stop
-        num_rows = self.config.prefill_chunk_size if self.exact else num_tokens
         images = packed_images(items, rows)
+        shape = self._shape_of(items)
+        has_deepstack = any(image.embedding.deepstack for image in images)
+        graph = None if has_deepstack else self.prompt_graphs.find(shape)
+        if graph is not None:
+            shape = graph.shape
         token_ids = [token for item in items for token in item.request.token_ids(item.start, item.num_context_tokens)]
         embeds_TD: Tensor = self.language_model.embed_tokens(
-            to_device(self.device, token_ids + [0] * (num_rows - num_tokens))
+            to_device(self.device, token_ids + [0] * (shape.num_rows - len(token_ids)))
         )
         for image in images:
             features = image.embedding.features[image.embedding_rows]
             embeds_TD[image.rows] = features.to(self.device, self.dtype, non_blocking=True)
-        hidden_TD = self.decoder.prefill(embeds_TD, self._prompt_batch(items, images, num_rows))
+        batch = self._prompt_batch(items, images, shape)
+        hidden_TD = self.decoder.prefill(embeds_TD, batch) if graph is None else graph.replay(embeds_TD, batch)
         last_rows = [span.stop - 1 for item, span in zip(items, rows, strict=True) if item.yields_token]
         if not last_rows:
             return hidden_TD.new_empty(0, len(self.decoder.head))
         plan = self._plan(len(last_rows))
         return self.decoder.logits(hidden_TD[to_device(self.device, last_rows)], plan, self.workspace)
 
-    def _prompt_batch(self, items: list[ScheduledRequest], images: list[PackedImage], num_rows: int) -> PromptBatch:
+    def _shape_of(self, items: list[ScheduledRequest]) -> PromptShape:
+        """Without padding, but for that of a chunk in `exact` numerics."""
+        lengths = [item.num_scheduled_tokens for item in items]
+        contexts = [item.num_context_tokens for item in items]
+        num_slots = sum(contexts) if any(item.start for item in items) else 0
+        chunk = self.config.prefill_chunk_size
+        num_rows, max_query = (chunk, chunk) if self.exact else (sum(lengths), max(lengths))
+        return PromptShape(num_rows, num_slots, len(items), max_query, max(contexts))
+
+    def _prompt_batch(
+        self, items: list[ScheduledRequest], images: list[PackedImage], shape: PromptShape
+    ) -> PromptBatch:
         positions_3T = torch.cat([positions_of(item.request, item.start, item.num_context_tokens) for item in items], 1)
-        num_missing = num_rows - positions_3T.shape[1]
+        num_missing = shape.num_rows - positions_3T.shape[1]
         positions_3T = torch.nn.functional.pad(positions_3T, (0, num_missing))
         cosines, sines = self._rotations(positions_3T.pin_memory().to(self.device, non_blocking=True))
         slots = [self._slots(item.request, item.start, item.num_context_tokens) for item in items]
         slots.append(np.full(num_missing, -1))
-        lengths = [item.num_scheduled_tokens for item in items]
-        contexts = [item.num_context_tokens for item in items]
-        has_past = any(item.start for item in items)
-        seen = [self._slots(item.request, 0, item.num_context_tokens) for item in items] if has_past else []
+        seen = [self._slots(item.request, 0, item.num_context_tokens) for item in items] if shape.num_slots else []
+        seen.append(np.zeros(shape.num_slots - sum(map(len, seen)), np.int64))
+        no_more = [0] * (shape.num_sequences - len(items))
+        lengths = [item.num_scheduled_tokens for item in items] + no_more
+        contexts = [item.num_context_tokens for item in items] + no_more
         return PromptBatch(
             cosines,
             sines,
             to_device(self.device, np.concatenate(slots)),
             to_device(self.device, np.cumsum([0, *lengths]), torch.int32),
             to_device(self.device, np.cumsum([0, *contexts]), torch.int32),
-            max_query=self.config.prefill_chunk_size if self.exact else max(lengths),
-            max_context=max(contexts),
-            context_slots=to_device(self.device, np.concatenate(seen)) if has_past else None,
-            deepstack_TD=self._deepstack(images, num_rows),
+            max_query=shape.max_query,
+            max_context=shape.max_context,
+            context_slots=to_device(self.device, np.concatenate(seen)) if shape.num_slots else None,
+            deepstack_TD=self._deepstack(images, shape.num_rows),
         )
 
     def _rotations(self, positions_3T: Tensor) -> tuple[Tensor, Tensor]:
@@ -235,11 +254,13 @@ class CudaModelRunner:
         return np.asarray(request.block_table)[tokens // size] * size + tokens % size
 
     def _sizes(self) -> list[int]:
-        """Of the graphs."""
+        """Of the decode graphs."""
         return sorted({*(size for size in BUCKETS if size < self.max_rows), self.max_rows})
 
-    def _capture_graphs(self) -> None:
-        pool = torch.cuda.graph_pool_handle()
+    def _prompt_shapes(self) -> list[PromptShape]:
+        return prompt_shapes(self.config, self.max_model_len, exact=self.exact)
+
+    def _capture_graphs(self, pool: Any) -> None:
         for size in reversed(self._sizes()):  # the largest first, whose memory the others share
             inputs = torch.zeros(4, size, dtype=torch.int32, device=self.device)
             plan = self._plan(size)
@@ -291,15 +312,15 @@ class CudaModelRunner:
         others = total - free - reserved  # contexts, and what other processes hold
         # Each graph keeps its logits; drawing tokens takes three int64 and two float32 for each of the largest step's.
         per_logit = sum(self._sizes()) * self.dtype.itemsize + self.max_rows * (3 * 8 + 2 * 4)
-        logits = per_logit * len(self.decoder.head)
+        graphs = per_logit * len(self.decoder.head) + num_graph_bytes(self.decoder, self._prompt_shapes())
         share = self.config.gpu_memory_utilization or DEFAULT_GPU_MEMORY_UTILIZATION
-        available = int(total * share) - others - peak - logits
+        available = int(total * share) - others - peak - graphs
         block_bytes = self.kv_cache.nbytes // self.kv_cache.shape[2]
         num_blocks: int = available // block_bytes
         if num_blocks < 2:
             raise ValueError(
                 f"gpu_memory_utilization {share} of {total / 2**30:.1f} GiB leaves no KV "
-                f"memory beside {(others + peak + logits) / 2**30:.1f} GiB of weights and activations"
+                f"memory beside {(others + peak + graphs) / 2**30:.1f} GiB of weights and activations"
             )
         return num_blocks
 

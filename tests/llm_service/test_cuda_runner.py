@@ -13,6 +13,7 @@ from llm_service.config import EngineConfig
 from llm_service.engine import engine as engine_module
 from llm_service.engine.cuda_runner import CudaModelRunner
 from llm_service.engine.model_runner import TransformersRunner
+from llm_service.engine.prompt_graphs import PromptGraph, PromptGraphs
 
 
 @pytest.fixture
@@ -40,6 +41,32 @@ def test_logits_are_those_of_the_modules(on_gpu: Any, numerics: str, monkeypatch
     for index in range(len(on_gpu.prompts)):
         mine, theirs = own.logits[str(index)][0].float(), modules.logits[str(index)][0].float()
         assert (mine - theirs).norm() < 3e-2 * theirs.norm(), index
+
+
+@pytest.mark.parametrize("numerics", ["exact", "fast"])
+def test_prompts_from_graphs_have_the_logits_of_launched_ones(
+    on_gpu: Any, numerics: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = {"prefill_chunk_size": 64, "max_num_batched_tokens": 192, "num_kv_blocks": 200, "block_size": 16}
+    num_replays, replay = 0, PromptGraph.replay
+
+    def counted(graph: PromptGraph, *arguments: torch.Tensor) -> torch.Tensor:
+        nonlocal num_replays
+        num_replays += 1
+        return replay(graph, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(PromptGraph, "replay", counted)
+    own = on_gpu.engine(numerics, **limits)
+    for turn in range(2):  # in the second with the first one's prefixes
+        own.serve([prompt.request(f"{turn} {index}") for index, prompt in enumerate(on_gpu.prompts)])
+    assert num_replays
+    monkeypatch.setattr(PromptGraphs, "find", lambda self, shape: None)
+    launched = on_gpu.engine(numerics, **limits)
+    for turn in range(2):
+        launched.serve([prompt.request(f"{turn} {index}") for index, prompt in enumerate(on_gpu.prompts)])
+    for name, logits in own.logits.items():
+        mine, expected = logits[0].float(), launched.logits[name][0].float()
+        assert torch.equal(mine, expected) if numerics == "exact" else (mine - expected).norm() < 3e-2 * expected.norm()
 
 
 def test_memory_that_is_left_becomes_kv_blocks(on_gpu: Any) -> None:
