@@ -2,8 +2,8 @@
 
 In `exact` numerics every bit is transformers': what is replaced are elementwise operations, by others that compute the
 same numbers, and a CUDA graph replays the same kernels. `fast` runs many images in one forward, embeds patches by a
-product instead of the 3-D convolution, and replays a graph of the next larger number of patches. Compiled blocks were
-slower than these modules (deploy/bench/NOTES.md).
+product instead of the 3-D convolution, pads products to sizes that have fast kernels, and replays a graph of the next
+larger number of patches. Compiled blocks were slower than these modules (deploy/bench/NOTES.md).
 """
 
 import copy
@@ -80,6 +80,8 @@ class VisionTower(nn.Module):
             block.attn = _Attention(block.attn)
             if isinstance(getattr(block.mlp, "act", None), QuickGELUActivation):
                 block.mlp.act = _Tabulated(block.mlp.act, tower.dtype, tower.device)
+            if not exact and hasattr(block.mlp, "gate_proj"):
+                _pad_neurons(block.mlp)
         if not exact:
             tower.patch_embed.proj = _LinearPatches(tower.patch_embed.proj)
 
@@ -167,7 +169,11 @@ class VisionTower(nn.Module):
             index, segments = get_vision_window_index(
                 grid_thw, tower.spatial_merge_size, tower.window_size, tower.patch_size
             )
-            inputs |= {"window_index": to_device(index, device), "cu_window_seqlens": segments}
+            inputs |= {
+                "window_index": to_device(index, device),
+                "cu_window_seqlens": segments,
+                "window_order": _SegmentOrder.by_length(segments.diff().tolist(), device),
+            }
         if hasattr(tower, "num_grid_per_side"):
             # on the device, where transformers computes the weights too: their bits depend on it
             inputs["interp_indices"], inputs["interp_weights"] = get_vision_interpolation_indices_and_weights(
@@ -178,6 +184,20 @@ class VisionTower(nn.Module):
                 tower.spatial_merge_size,
             )
         return inputs
+
+
+@dataclass(frozen=True, slots=True)
+class _SegmentOrder:
+    """Segments by length, so that those of one length are neighbours: windows at the edges of an image are smaller."""
+
+    lengths: list[int]  # as they are
+    rows: Tensor  # int64 [N], of the patches in order of the lengths
+    places: Tensor  # int64 [N], where each patch is then
+
+    @classmethod
+    def by_length(cls, lengths: list[int], device: torch.device) -> "_SegmentOrder":
+        rows = torch.tensor(lengths).repeat_interleave(torch.tensor(lengths)).argsort(stable=True)
+        return cls(lengths, to_device(rows, device), to_device(rows.argsort(), device))
 
 
 class _Attention(nn.Module):
@@ -195,14 +215,21 @@ class _Attention(nn.Module):
         cu_seqlens: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         max_seqlen: int | None = None,
+        window_order: "_SegmentOrder | None" = None,
         **_: object,
     ) -> Tensor:
         """`[N, hidden]` to `[N, hidden]`; a patch attends to all of its segment, which is an image or a window."""
         qkv = self.qkv(hidden_states).view(len(hidden_states), 3, self.num_heads, -1)
         query, key = rotate_queries_and_keys(qkv, *position_embeddings)
         value = qkv[:, 2]
-        if max_seqlen is None:
-            output = _separate_attention(query, key, value, cu_seqlens.diff().tolist(), self.scaling)
+        lengths = [] if max_seqlen is not None else cu_seqlens.diff().tolist()
+        if window_order is not None and lengths == window_order.lengths:
+            order = window_order
+            output = _separate_attention(
+                query[order.rows], key[order.rows], value[order.rows], sorted(lengths), self.scaling
+            )[order.places]
+        elif max_seqlen is None:
+            output = _separate_attention(query, key, value, lengths, self.scaling)
         else:
             segments = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
             output = varlen_attn(query, key, value, *segments, scale=self.scaling)  # type: ignore[assignment]
@@ -235,6 +262,17 @@ class _Tabulated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return look_up(x, self.table)
+
+
+def _pad_neurons(mlp: Any) -> None:
+    """Up to a multiple of 128, with zeros: products of Qwen2.5-VL's 3,420 take three times as long."""
+    num_missing = -mlp.gate_proj.out_features % 128
+    padding = {"gate_proj": (0, 0, 0, num_missing), "up_proj": (0, 0, 0, num_missing), "down_proj": (0, num_missing)}
+    for name, sides in padding.items():
+        product = getattr(mlp, name)
+        product.weight = nn.Parameter(F.pad(product.weight.detach(), sides), requires_grad=False)
+        if product.bias is not None and name != "down_proj":
+            product.bias = nn.Parameter(F.pad(product.bias.detach(), (0, num_missing)), requires_grad=False)
 
 
 class _LinearPatches(nn.Module):

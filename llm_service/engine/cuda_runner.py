@@ -101,7 +101,7 @@ class _Graph:
 
 class CudaModelRunner:
     """Owns the weights, the KV memory and the graphs. `exact` computes each chunk of a prompt alone, in as many rows
-    as a chunk can have, and decode rows by products and attention whose sums no batch size changes."""
+    as its length asks for, and decode rows by products and attention whose sums no batch size changes."""
 
     is_asynchronous = True
 
@@ -109,6 +109,7 @@ class CudaModelRunner:
         self.device, self.dtype, self.exact, self.config = loaded.device, loaded.dtype, exact, config
         self.language_model, lm_head = text_model_and_head(loaded.model)
         self.uses_mrope = family_of(loaded.config).uses_mrope
+        self.num_deepstack = len(getattr(loaded.config.vision_config, "deepstack_visual_indexes", ()))
         text_config = self.language_model.config
         check_supported(text_config)
         self.max_rows = config.max_num_seqs
@@ -127,7 +128,7 @@ class CudaModelRunner:
         self.graphs: dict[int, _Graph] = {}
         pool = torch.cuda.graph_pool_handle()
         self._capture_graphs(pool)
-        self.prompt_graphs = PromptGraphs(self.decoder, self._prompt_shapes(), pool)
+        self.prompt_graphs = PromptGraphs(self.decoder, self._prompt_shapes(), self.num_deepstack, pool)
 
     @torch.inference_mode()
     def execute(self, output: SchedulerOutput) -> Tensor:
@@ -171,16 +172,18 @@ class CudaModelRunner:
         graph.inputs.copy_(torch.from_numpy(inputs).pin_memory(), non_blocking=True)
         self.tables.update([item.request for item in items])
         graph.graph.replay()
+        # Those of a preempted request's own tokens, which are computed anew one by one in `exact`, choose nothing.
+        yielding = [row for row, item in enumerate(items) if item.yields_token]
+        if len(yielding) < num_rows:
+            return graph.logits_BV[to_device(self.device, yielding)]
         return graph.logits_BV[:num_rows]
 
     def _prefill(self, items: list[ScheduledRequest]) -> Tensor:
         rows = packed_rows(items)
         images = packed_images(items, rows)
-        shape = self._shape_of(items)
-        has_deepstack = any(image.embedding.deepstack for image in images)
-        graph = None if has_deepstack else self.prompt_graphs.find(shape)
-        if graph is not None:
-            shape = graph.shape
+        needed = _shape_of(items)
+        graph = self.prompt_graphs.find(needed)
+        shape = self._launched_shape(needed) if graph is None else graph.shape
         token_ids = [token for item in items for token in item.request.token_ids(item.start, item.num_context_tokens)]
         embeds_TD: Tensor = self.language_model.embed_tokens(
             to_device(self.device, token_ids + [0] * (shape.num_rows - len(token_ids)))
@@ -196,14 +199,9 @@ class CudaModelRunner:
         plan = self._plan(len(last_rows))
         return self.decoder.logits(hidden_TD[to_device(self.device, last_rows)], plan, self.workspace)
 
-    def _shape_of(self, items: list[ScheduledRequest]) -> PromptShape:
-        """Without padding, but for that of a chunk in `exact` numerics."""
-        lengths = [item.num_scheduled_tokens for item in items]
-        contexts = [item.num_context_tokens for item in items]
-        num_slots = sum(contexts) if any(item.start for item in items) else 0
+    def _launched_shape(self, needed: PromptShape) -> PromptShape:
         chunk = self.config.prefill_chunk_size
-        num_rows, max_query = (chunk, chunk) if self.exact else (sum(lengths), max(lengths))
-        return PromptShape(num_rows, num_slots, len(items), max_query, max(contexts))
+        return replace(needed, num_rows=chunk, max_query=chunk) if self.exact else needed
 
     def _prompt_batch(
         self, items: list[ScheduledRequest], images: list[PackedImage], shape: PromptShape
@@ -239,9 +237,7 @@ class CudaModelRunner:
 
     def _deepstack(self, images: list[PackedImage], num_rows: int) -> tuple[Tensor, ...]:
         """`[T, D]` for each layer whose output gets rows of images added; zeros elsewhere."""
-        depth = max((len(image.embedding.deepstack) for image in images), default=0)
-        size = self.decoder.head.shape[1]
-        added = tuple(torch.zeros(num_rows, size, dtype=self.dtype, device=self.device) for _ in range(depth))
+        added = tuple(self.decoder.head.new_zeros(self.num_deepstack, num_rows, self.decoder.head.shape[1]))
         for image in images:
             for layer_TD, rows_ND in zip(added, image.embedding.deepstack, strict=True):
                 rows = rows_ND[image.embedding_rows]
@@ -312,7 +308,9 @@ class CudaModelRunner:
         others = total - free - reserved  # contexts, and what other processes hold
         # Each graph keeps its logits; drawing tokens takes three int64 and two float32 for each of the largest step's.
         per_logit = sum(self._sizes()) * self.dtype.itemsize + self.max_rows * (3 * 8 + 2 * 4)
-        graphs = per_logit * len(self.decoder.head) + num_graph_bytes(self.decoder, self._prompt_shapes())
+        graphs = per_logit * len(self.decoder.head) + num_graph_bytes(
+            self.decoder, self._prompt_shapes(), self.num_deepstack
+        )
         share = self.config.gpu_memory_utilization or DEFAULT_GPU_MEMORY_UTILIZATION
         available = int(total * share) - others - peak - graphs
         block_bytes = self.kv_cache.nbytes // self.kv_cache.shape[2]
@@ -368,6 +366,14 @@ class _BlockTables:
 def is_decode(item: ScheduledRequest) -> bool:
     """Whether the item is one generated token, and not a piece of a prompt."""
     return item.num_scheduled_tokens == 1 and item.start >= item.request.num_prompt_tokens
+
+
+def _shape_of(items: Sequence[ScheduledRequest]) -> PromptShape:
+    """Of a batch without padding."""
+    lengths = [item.num_scheduled_tokens for item in items]
+    contexts = [item.num_context_tokens for item in items]
+    num_slots = sum(contexts) if any(item.start for item in items) else 0
+    return PromptShape(sum(lengths), num_slots, len(items), max(lengths), max(contexts))
 
 
 def _token_or_row(request: Request, index: int) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from llm_service.engine.fused_decoder import FusedDecoder, PromptBatch
 # (deploy/bench/NOTES.md). A prompt with a past gathers as many keys and values as its graph has slots: little beside
 # the weights, so that two numbers of them do.
 _ROWS = (64, 128, 256, 384, 512, 768, 1024, 1536)
-_ROWS_WITH_PAST = (64, 256, 1024)
+_ROWS_WITH_PAST = (64, 256, 768)
 _SLOTS = 4096
 _MAX_SEQUENCES = 32
 
@@ -40,21 +41,22 @@ class PromptShape:
 
 
 def prompt_shapes(config: EngineConfig, max_model_len: int, *, exact: bool) -> list[PromptShape]:
-    """Ascending. In `exact` numerics one chunk is computed at a time, in as many rows as it can have."""
-    slots = sorted({min(_SLOTS, max_model_len), max_model_len})
+    """Ascending. In `exact` numerics one chunk is computed at a time, so that its own length decides its shape."""
+    longest = min(config.prefill_chunk_size if exact else _ROWS[-1], config.max_num_batched_tokens)
     num_sequences = 1 if exact else _MAX_SEQUENCES
-    without, behind = ((config.prefill_chunk_size,),) * 2 if exact else (_ROWS, _ROWS_WITH_PAST)
-    longest = min(_ROWS[-1], config.max_num_batched_tokens)
-    shapes = [PromptShape(rows, 0, num_sequences, rows, rows) for rows in without if rows <= longest]
-    shapes += [
-        PromptShape(rows, count, num_sequences, rows, count) for rows in behind if rows <= longest for count in slots
-    ]
+
+    def up_to_longest(sizes: Sequence[int]) -> list[int]:
+        return [*(rows for rows in sizes if rows < longest), longest] if longest <= _ROWS[-1] else []
+
+    shapes = [PromptShape(rows, 0, num_sequences, rows, rows) for rows in up_to_longest(_ROWS)]
+    for rows, slots in product(up_to_longest(_ROWS_WITH_PAST), {min(_SLOTS, max_model_len), max_model_len}):
+        shapes.append(PromptShape(rows, slots, num_sequences, rows, slots))
     return sorted(shapes)
 
 
 @dataclass(frozen=True, slots=True)
 class PromptGraph:
-    """A captured prefill of batches without deepstack: the tensors that it reads; it overwrites `embeds_TD`."""
+    """A captured prefill: the tensors that it reads; it overwrites `embeds_TD`."""
 
     shape: PromptShape
     graph: torch.cuda.CUDAGraph
@@ -71,15 +73,16 @@ class PromptGraph:
 
 
 def _tensors(batch: PromptBatch) -> list[Tensor]:
-    found = [batch.cosines, batch.sines, batch.slots, batch.query_starts, batch.context_starts]
+    found = [batch.cosines, batch.sines, batch.slots, batch.query_starts, batch.context_starts, *batch.deepstack_TD]
     return found if batch.context_slots is None else [*found, batch.context_slots]
 
 
 class PromptGraphs:
-    """One graph for each of `shapes`."""
+    """One graph for each of `shapes`, which are ascending."""
 
-    def __init__(self, decoder: FusedDecoder, shapes: Sequence[PromptShape], pool: Any) -> None:
-        largest_first = [_capture(decoder, shape, pool) for shape in reversed(shapes)]  # the others share its memory
+    def __init__(self, decoder: FusedDecoder, shapes: Sequence[PromptShape], num_deepstack: int, pool: Any) -> None:
+        # the others share the memory of the largest
+        largest_first = [_capture(decoder, shape, num_deepstack, pool) for shape in reversed(shapes)]
         self._graphs = largest_first[::-1]
 
     def find(self, needed: PromptShape) -> PromptGraph | None:
@@ -87,11 +90,11 @@ class PromptGraphs:
         return next((graph for graph in self._graphs if graph.shape.has_room_for(needed)), None)
 
 
-def num_graph_bytes(decoder: FusedDecoder, shapes: Sequence[PromptShape]) -> int:
+def num_graph_bytes(decoder: FusedDecoder, shapes: Sequence[PromptShape], num_deepstack: int) -> int:
     """What the graphs hold: the inputs of each, and what the layers of the largest leave for each other."""
     layer = decoder.layers[0]
     hidden_size, head_size = decoder.head.shape[1], decoder.kv_cache.shape[-1]
-    inputs = sum(shape.num_rows for shape in shapes) * (hidden_size + 2 * head_size)
+    inputs = sum(shape.num_rows for shape in shapes) * ((1 + num_deepstack) * hidden_size + 2 * head_size)
     between = 2 * (hidden_size + layer.qkv.shape[0] + layer.out.shape[1]) + 3 * layer.down.shape[1]
     rows = max((shape.num_rows for shape in shapes), default=0)
     slots = max((shape.num_slots for shape in shapes), default=0)
@@ -99,7 +102,7 @@ def num_graph_bytes(decoder: FusedDecoder, shapes: Sequence[PromptShape]) -> int
     return int(inputs + rows * between + gathered) * decoder.head.itemsize
 
 
-def _capture(decoder: FusedDecoder, shape: PromptShape, pool: Any) -> PromptGraph:
+def _capture(decoder: FusedDecoder, shape: PromptShape, num_deepstack: int, pool: Any) -> PromptGraph:
     head, device = decoder.head, decoder.head.device
     embeds_TD = head.new_zeros(shape.num_rows, head.shape[1])
     cosines, sines = head.new_zeros(2, shape.num_rows, decoder.kv_cache.shape[-1])
@@ -113,6 +116,7 @@ def _capture(decoder: FusedDecoder, shape: PromptShape, pool: Any) -> PromptGrap
         shape.max_query,
         shape.max_context,
         torch.zeros(shape.num_slots, dtype=torch.long, device=device) if shape.num_slots else None,
+        tuple(head.new_zeros(num_deepstack, *embeds_TD.shape)),
     )
     with torch.inference_mode():
         decoder.prefill(embeds_TD, batch)  # compiles what is new

@@ -43,6 +43,12 @@ def test_logits_are_those_of_the_modules(on_gpu: Any, numerics: str, monkeypatch
         assert (mine - theirs).norm() < 3e-2 * theirs.norm(), index
 
 
+def serve_twice(engine: Any, prompts: Any) -> None:
+    """At once, and then with the first answers' prefixes in KV memory."""
+    for turn in range(2):
+        engine.serve([prompt.request(f"{turn} {index}") for index, prompt in enumerate(prompts)])
+
+
 @pytest.mark.parametrize("numerics", ["exact", "fast"])
 def test_prompts_from_graphs_have_the_logits_of_launched_ones(
     on_gpu: Any, numerics: str, monkeypatch: pytest.MonkeyPatch
@@ -57,16 +63,25 @@ def test_prompts_from_graphs_have_the_logits_of_launched_ones(
 
     monkeypatch.setattr(PromptGraph, "replay", counted)
     own = on_gpu.engine(numerics, **limits)
-    for turn in range(2):  # in the second with the first one's prefixes
-        own.serve([prompt.request(f"{turn} {index}") for index, prompt in enumerate(on_gpu.prompts)])
+    serve_twice(own, on_gpu.prompts)
     assert num_replays
     monkeypatch.setattr(PromptGraphs, "find", lambda self, shape: None)
     launched = on_gpu.engine(numerics, **limits)
-    for turn in range(2):
-        launched.serve([prompt.request(f"{turn} {index}") for index, prompt in enumerate(on_gpu.prompts)])
+    serve_twice(launched, on_gpu.prompts)
     for name, logits in own.logits.items():
         mine, expected = logits[0].float(), launched.logits[name][0].float()
         assert torch.equal(mine, expected) if numerics == "exact" else (mine - expected).norm() < 3e-2 * expected.norm()
+
+
+def test_preempted_requests_change_no_bit_of_any_answer(on_gpu: Any) -> None:
+    """In `exact` numerics they compute their own tokens anew, one by one, next to requests that get new ones."""
+    limits = {"prefill_chunk_size": 16, "max_num_batched_tokens": 40, "block_size": 16}
+    roomy, tight = (on_gpu.engine("exact", num_kv_blocks=count, **limits) for count in (400, 24))
+    for engine in (roomy, tight):
+        engine.serve([prompt.request(str(index)) for index, prompt in enumerate(on_gpu.prompts)])
+    assert (roomy.num_preemptions, tight.num_preemptions > 0) == (0, True)
+    for name, logits in roomy.logits.items():
+        assert torch.equal(torch.stack(logits), torch.stack(tight.logits[name][: len(logits)])), name
 
 
 def test_memory_that_is_left_becomes_kv_blocks(on_gpu: Any) -> None:

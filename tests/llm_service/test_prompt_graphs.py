@@ -20,9 +20,9 @@ def shape(num_rows: int, num_slots: int = 0, num_sequences: int = 1) -> PromptSh
 def graphs(monkeypatch: pytest.MonkeyPatch) -> PromptGraphs:
     """Without what is captured."""
     monkeypatch.setattr(
-        "llm_service.engine.prompt_graphs._capture", lambda decoder, shape, pool: SimpleNamespace(shape=shape)
+        "llm_service.engine.prompt_graphs._capture", lambda decoder, shape, *_: SimpleNamespace(shape=shape)
     )
-    return PromptGraphs(None, prompt_shapes(CONFIG, 8448, exact=False), None)  # type: ignore[arg-type]
+    return PromptGraphs(None, prompt_shapes(CONFIG, 8448, exact=False), 0, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> PromptGraphs:
         (shape(1536), (1536, 0)),
         (shape(32, 2048), (64, 4096)),
         (shape(65, 4097), (256, 8448)),
-        (shape(1024, 8448), (1024, 8448)),
+        (shape(769, 8448), (1536, 8448)),
     ],
 )
 def test_smallest_graph_with_room_is_taken(graphs: PromptGraphs, needed: PromptShape, found: tuple[int, int]) -> None:
@@ -43,15 +43,22 @@ def test_smallest_graph_with_room_is_taken(graphs: PromptGraphs, needed: PromptS
     assert (graph.shape.num_rows, graph.shape.num_slots) == found
 
 
-@pytest.mark.parametrize("needed", [shape(1537), shape(64, num_sequences=33), shape(1025, 2048), shape(8, 8449)])
+@pytest.mark.parametrize("needed", [shape(1537), shape(64, num_sequences=33), shape(1537, 2048), shape(8, 8449)])
 def test_what_has_room_in_none_is_launched(graphs: PromptGraphs, needed: PromptShape) -> None:
     assert graphs.find(needed) is None
 
 
-def test_exact_numerics_has_one_number_of_rows() -> None:
+def test_exact_numerics_has_room_for_one_chunk() -> None:
     shapes = prompt_shapes(CONFIG, 8448, exact=True)
-    assert {(one.num_rows, one.num_sequences) for one in shapes} == {(512, 1)}
-    assert [one.num_slots for one in shapes] == [0, 4096, 8448]
+    assert {one.num_sequences for one in shapes} == {1}
+    assert [one.num_rows for one in shapes if not one.num_slots] == [64, 128, 256, 384, 512]
+    assert [(one.num_rows, one.num_slots) for one in shapes if one.num_slots] == [
+        (rows, slots) for rows in (64, 256, 512) for slots in (4096, 8448)
+    ]
+
+
+def test_exact_chunks_that_are_longer_than_graphs_are_launched() -> None:
+    assert prompt_shapes(EngineConfig(prefill_chunk_size=2048, max_num_batched_tokens=8192), 8448, exact=True) == []
 
 
 def test_no_graph_is_longer_than_a_step_or_a_prompt() -> None:
