@@ -164,18 +164,14 @@ class CudaModelRunner:
         graph = self.graphs[bucket]
         inputs = np.zeros((4, bucket), np.int32)
         inputs[1] = -1
-        for row, item in enumerate(items):
-            request, index = item.request, item.start
-            inputs[0, row], inputs[1, row] = _token_or_row(request, index)
-            inputs[2, row] = index + 1
-            inputs[3, row] = request.next_position + index - request.num_prompt_tokens
+        inputs[:, :num_rows] = np.array([_decode_inputs(item.request, item.start) for item in items], np.int32).T
         graph.inputs.copy_(torch.from_numpy(inputs).pin_memory(), non_blocking=True)
         self.tables.update([item.request for item in items])
         graph.graph.replay()
         # Those of a preempted request's own tokens, which are computed anew one by one in `exact`, choose nothing.
         yielding = [row for row, item in enumerate(items) if item.yields_token]
         if len(yielding) < num_rows:
-            return graph.logits_BV[to_device(self.device, yielding)]
+            return graph.logits_BV[to_device(self.device, yielding, torch.long)]
         return graph.logits_BV[:num_rows]
 
     def _prefill(self, items: list[ScheduledRequest]) -> Tensor:
@@ -376,8 +372,10 @@ def _shape_of(items: Sequence[ScheduledRequest]) -> PromptShape:
     return PromptShape(sum(lengths), num_slots, len(items), max(lengths), max(contexts))
 
 
-def _token_or_row(request: Request, index: int) -> tuple[int, int]:
-    """Token `index` and -1, or 0 and the row at which the step before has it."""
-    if index < request.num_tokens:
-        return request.output_token_ids[index - request.num_prompt_tokens], -1
-    return 0, request.pending_row
+def _decode_inputs(request: Request, index: int) -> tuple[int, int, int, int]:
+    """A column of a graph's inputs: token `index` and -1, or 0 and the row at which the step before has it; the length
+    with it, and its position."""
+    place = index - request.num_prompt_tokens
+    is_known = place < len(request.output_token_ids)
+    token, row = (request.output_token_ids[place], -1) if is_known else (0, request.pending_row)
+    return token, row, index + 1, request.next_position + place

@@ -67,6 +67,8 @@ class KVCacheManager:
         num_missing = max(0, self._num_blocks(num_tokens) - len(request.block_table))
         place, offset = divmod(request.num_computed_tokens, self.block_size)
         needs_copy = place < len(request.block_table) and not self._may_write(request.block_table[place], offset)
+        if not num_missing and not needs_copy:
+            return True
         if num_missing + needs_copy <= self.num_available_blocks:
             if needs_copy:
                 self._copy(request, place)
@@ -84,7 +86,9 @@ class KVCacheManager:
 
     def keep_prefix(self, request: Request, start: int, end: int) -> None:
         """Makes findable by hash what became whole when tokens `start` to `end` were computed."""
-        first, last = (self._whole_prefix(num_tokens) // self.hash_size for num_tokens in (start, end))
+        first, last = self._whole_prefix(start) // self.hash_size, self._whole_prefix(end) // self.hash_size
+        if first == last:
+            return  # most often, so that it is asked first
         for index, prefix_hash in enumerate(self._prefix_hashes(request, first, last), first):
             # Two requests may have computed the same in the same step; the first one's is kept.
             if prefix_hash not in self._blocks_by_hash:

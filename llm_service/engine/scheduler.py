@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from llm_service.config import EngineConfig
 from llm_service.engine.kv_cache import KVCacheManager
@@ -13,8 +14,7 @@ from llm_service.engine.request import FinishReason, Request, RequestOutput, Req
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledRequest:
+class ScheduledRequest(NamedTuple):
     """Tokens `start` to `start + num_scheduled_tokens` of a request are computed in this step. It yields a token if the
     last of them is the request's last, so that its logits say the next one.
     """
@@ -127,7 +127,8 @@ class Scheduler:
         for item in output.scheduled:
             self._keep_prefix(item)
         for request in yielding:
-            self._start_forks(request)
+            if request.forks or request.followers:
+                self._start_forks(request)
         tokens = zip(yielding, token_ids, logprobs or [None] * len(yielding), strict=True)
         return [self._append(*token) for token in tokens if token[0].status is not RequestStatus.FINISHED]
 

@@ -150,7 +150,6 @@ def test_images_in_one_fast_forward_are_nearly_what_each_is_alone(
     name: str, company: list[Grid], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vision_tower, "_SIZES", (64, 128))
-    monkeypatch.setattr(vision_tower, "_MAX_GRAPH_PATCHES", 128)
     tower, reference = VisionTower(stock(name), exact=False), stock(name)
     tower.warm_up()
     for _ in range(2):
@@ -166,7 +165,6 @@ def test_replayed_graph_leaves_the_positions_of_other_forwards_alone(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vision_tower, "_SIZES", (64,))
-    monkeypatch.setattr(vision_tower, "_MAX_GRAPH_PATCHES", 64)
     tower, reference = VisionTower(stock(name), exact=False), stock(name)
     tower.warm_up()
     empty: Grid = (1, 2, 32)  # as long as the graph, whose positions are of this grid at first
