@@ -29,6 +29,7 @@ from common.errors import (
 from common.identity import framed_digest, mm_hash
 from common.media import ImageHeader
 from common.media_storage import BEGINNING, PREFIX, LocalStorage, RedisStorage, Storage
+from common.threads import on_thread_if_large
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ class MediaStore:
 
         `embedding_bytes` counts against the limit on pins, beside the source. `pin` None leaves a pin as it is.
         """
-        digest = mm_hash(source)
+        digest = await on_thread_if_large(len(source), mm_hash, source)
         media_id = media_id_of(tenant, digest)
         known = await self._find(media_id, tenant)
         pinned = bool(pin) if pin is not None or known is None else known.pinned
@@ -151,7 +152,7 @@ class MediaStore:
         if stored is None:
             raise MediaNotFoundError(f"the media {record.id!r} have been deleted", code="media_not_found")
         source = await asyncio.to_thread(_decompress, stored, record.num_bytes) if record.compressed else stored
-        if mm_hash(source) != record.mm_hash:
+        if await on_thread_if_large(len(source), mm_hash, source) != record.mm_hash:
             metrics.media_store_errors.inc(tags={"operation": "damaged"})
             raise MediaDamagedError(
                 f"the stored bytes of {record.id!r} are damaged: add it again", code="media_damaged"

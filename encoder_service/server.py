@@ -13,12 +13,13 @@ import torch
 from common import metrics
 from common.cache import EmbeddingCache, SingleFlight
 from common.checkpoint import LoadedHalf, checkpoint_directory, load_geometry, load_half
-from common.config import MIB, ModelConfig
+from common.config import ModelConfig
 from common.embedding import EmbeddingSpec, VisionEmbedding, content_digest, pack, unpack
 from common.errors import InvalidRequestError, OverloadedError
 from common.identity import EmbeddingNamespace, mm_hash
 from common.media import MediaItem
 from common.media_store import MediaStore, discard_from
+from common.threads import on_thread_if_large
 from common.tracing import span
 from encoder_service.backlog import Stage
 from encoder_service.batcher import Batcher
@@ -31,7 +32,6 @@ T = TypeVar("T")
 
 _LOOKUP_S = 0.02
 _MAX_COPIES = 4  # of which an embedding is looked for
-_MAX_INLINE_BYTES = MIB  # to hash or copy more of an item would hold up the event loop
 
 
 class EncoderServer:
@@ -82,7 +82,7 @@ class EncoderServer:
 
         Raises InvalidRequestError for bad bytes, OverloadedError when too many images wait, and DeadlineExceededError.
         """
-        if await self._on_thread_if_large(item, mm_hash, item.data) != item.mm_hash:
+        if await on_thread_if_large(len(item.data), mm_hash, item.data) != item.mm_hash:
             raise InvalidRequestError("the image bytes do not match their mm_hash")
         self._params.add(str(item.params))
         key = self._encoder.namespace.of(item.tenant).key(item.mm_hash, str(item.params))
@@ -97,7 +97,7 @@ class EncoderServer:
         if namespace != str(self._encoder.namespace.of(item.tenant)):
             return None
         await self._batcher.idle()
-        spec = await self._on_thread_if_large(item, self._spec, item)
+        spec = await on_thread_if_large(len(item.data), self._spec, item)
         with self._room(item, spec):
             embedding = await self._encode(item, spec)
         is_right = await self._on_thread(content_digest, embedding) == digest
@@ -136,7 +136,7 @@ class EncoderServer:
         # The caller missed a moment ago, but another replica may have published the image since. A store that does not
         # answer has cost the caller its time already, so it is not waited for once more.
         since = self._cache.moment
-        spec = await self._on_thread_if_large(item, self._spec, item)
+        spec = await on_thread_if_large(len(item.data), self._spec, item)
         hits = await _soon(self._cache.get_many({key: spec}))
         hit = None if hits is None else hits.get(key)
         if hits is not None and hit is None and await _soon(self._cache.claim(key, spec, self._producer)) is False:
@@ -216,12 +216,6 @@ class EncoderServer:
 
     async def _on_thread(self, function: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
-
-    async def _on_thread_if_large(self, item: MediaItem, function: Callable[..., T], *arguments: object) -> T:
-        """On a thread if the item is large, but not on one of those that decode, for which it would have to wait."""
-        if len(item.data) <= _MAX_INLINE_BYTES:
-            return function(*arguments)
-        return await asyncio.to_thread(function, *arguments)
 
     def _spec(self, item: MediaItem) -> EmbeddingSpec:
         grid = item.params.grid(self._geometry, *item.displayed_size(self._limits))

@@ -23,6 +23,7 @@ from common.geometry import ImageGeometry
 from common.identity import image_of, mm_hash, params_of
 from common.media import ImageHeader, MediaItem, MediaParams, image_header, reduction_of
 from common.media_store import DeletionWatcher, MediaRecord, MediaStore, discard_from, media_id_of
+from common.threads import on_thread_if_large
 from llm_service.admission import ANYONE, RequestContext
 from llm_service.answer_cache import AnswerCache
 from llm_service.clips import ClipLibrary, ClipRequest, Visual
@@ -114,7 +115,7 @@ class MediaLibrary:
     ) -> MediaStatus:
         """Keeps an image. The same bytes are the same media."""
         await self.deletions.listen()
-        request, header = self._sent(source, "auto", "file", ALONE, RequestContext(tenant))
+        request, header = await self._sent(source, "auto", "file", ALONE, RequestContext(tenant))
         record = await self._keep(request, header, ttl_s, pin)
         if prewarm:
             await self._features.get_many([request])
@@ -154,7 +155,7 @@ class MediaLibrary:
     async def warm(self, source: bytes, tenant: str = "") -> ImageFeatures:
         """Has an image encoded, unless it is cached, without keeping its bytes."""
         await self.deletions.listen()
-        request, _ = self._sent(source, "auto", "file", ALONE, RequestContext(tenant))
+        request, _ = await self._sent(source, "auto", "file", ALONE, RequestContext(tenant))
         return (await self._features.get_many([request]))[0]
 
     async def tiers_of_image(self, mm_hash: str, tenant: str = "") -> list[str]:
@@ -219,7 +220,7 @@ class MediaLibrary:
             return part
         data = await self._fetcher.fetch(part.url, part.field)
         if part.content_hash is not None:
-            part.content_hash.check(data)
+            await on_thread_if_large(len(data), part.content_hash.check, data)
         return ImagePart(data, part.detail, part.field, part.alias)
 
     async def _resolve(self, part: FetchedPart, context: MediaContext, caller: RequestContext) -> Visual:
@@ -228,7 +229,7 @@ class MediaLibrary:
         if isinstance(part, MediaPart):
             record = await self._record(part, caller.tenant)
             return self._managed(record, part.detail, part.field, context, caller.deadline)
-        request, header = self._sent(part.data, part.detail, part.field, context, caller)
+        request, header = await self._sent(part.data, part.detail, part.field, context, caller)
         if part.alias is not None:
             await self._bind(part, request, header)
         return request
@@ -242,16 +243,17 @@ class MediaLibrary:
             )
         return await self._clips.resolve(part, self._fetcher.fetch, caller)
 
-    def _sent(
+    async def _sent(
         self, source: bytes, detail: Detail, field: str, context: MediaContext, caller: RequestContext
     ) -> tuple[ImageRequest, ImageHeader]:
         params = self._params_in(detail, context)
         try:
-            header = image_header(source, self._limits)
+            header = await on_thread_if_large(len(source), image_header, source, self._limits)
             grid = params.grid(self._geometry, header.height, header.width)
         except InvalidRequestError as exc:
             raise type(exc)(exc.message, param=field, code=exc.code) from exc
-        item = MediaItem(source, mm_hash(source), params, caller.tenant, caller.deadline)
+        digest = await on_thread_if_large(len(source), mm_hash, source)
+        item = MediaItem(source, digest, params, caller.tenant, caller.deadline)
         return ImageRequest(item, grid, field), header
 
     def _params_in(self, detail: Detail, context: MediaContext) -> MediaParams:
@@ -291,7 +293,8 @@ class MediaLibrary:
         if expected.algorithm == "blake3":
             expected.check_digest(record.mm_hash)
         else:
-            expected.check(await self.store.source(record))
+            source = await self.store.source(record)
+            await on_thread_if_large(len(source), expected.check, source)
 
     async def _bind(self, part: ImagePart, request: ImageRequest, header: ImageHeader) -> None:
         """An image that is sent with an alias is kept as any other media, so that the alias alone is enough later."""

@@ -10,6 +10,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from common.errors import InvalidRequestError
+from llm_service.api.door import parse
 from llm_service.api.fields import ApiRequest, StreamingRequest
 from llm_service.api.formats import called_tools
 from llm_service.api.generation import LEAST_LOGPROB, Answer, Delta, Generation, respond
@@ -193,7 +194,7 @@ class ChatCompletion:
 
     async def _prepare(self) -> None:
         body = self._body
-        messages = parse_messages(body.messages, self._limits)
+        messages = await parse(self.generation.http, parse_messages, body.messages, self._limits)
         max_calls = 1 if body.parallel_tool_calls is False else None
         await self.generation.prepare(messages, body.options(), body.template(), max_calls)
 

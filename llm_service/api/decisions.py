@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr
 
 from common.config import ImageLimits
 from common.errors import InvalidRequestError
-from llm_service.api.door import context_of
+from llm_service.api.door import context_of, parse
 from llm_service.api.fields import CLIENT_FIELDS, ApiRequest, name_ignored
 from llm_service.api.generation import image_receipts
 from llm_service.api.items import parse_input, parse_part
@@ -151,9 +151,10 @@ def create_router(server: LLMServer) -> APIRouter:
     async def decisions(body: DecisionRequest, http: Request, response: Response) -> dict[str, Any]:
         name_ignored(response, body.check())
         server.check_model(body.model)
-        messages = checked(parse_input(body.input, server.limits), server.limits, "input")
+        messages = checked(await parse(http, parse_input, body.input, server.limits), server.limits, "input")
+        questions = await parse(http, body.asked, server.limits)
         request_id = f"dec_{uuid.uuid4().hex}"
-        scores = await score(server, messages, body.asked(server.limits), request_id, context_of(http))
+        scores = await score(server, messages, questions, request_id, context_of(http))
         answers = [
             question.answer(normalized(logprobs)) | {"name": question.name}
             for question, logprobs in zip(body.questions, scores.logprobs, strict=True)

@@ -9,7 +9,8 @@ import hmac
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 from fastapi import Request
 from starlette.datastructures import Headers, MutableHeaders
@@ -25,9 +26,12 @@ from common.errors import (
     SlowRequestError,
     UnsupportedBodyError,
 )
+from common.threads import on_thread_if_large
 from llm_service.admission import Admission, RequestContext
 from llm_service.api.errors import error_response
 from llm_service.config import ApiConfig, ApiKey
+
+T = TypeVar("T")
 
 TIMEOUT_HEADER = "x-request-timeout-seconds"  # also Ray Serve's
 REQUEST_ID_HEADER = "x-request-id"
@@ -46,6 +50,11 @@ def context_of(http: Request) -> RequestContext:
     """Whose the request is and until when it is waited for."""
     context: RequestContext = http.state.context
     return context
+
+
+async def parse(http: Request, parser: Callable[..., T], *arguments: object) -> T:
+    """What a parser makes of a body, on a thread if that is large: the images in it are decoded, and may be hashed."""
+    return await on_thread_if_large(len(await http.body()), parser, *arguments)
 
 
 class RequestLog:

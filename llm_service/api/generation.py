@@ -86,6 +86,7 @@ class Generation:
 
     def __init__(self, server: LLMServer, http: Request, prefix: str) -> None:
         self.server = server
+        self.http = http
         self.id = f"{prefix}{uuid.uuid4().hex}"
         self.created = int(time.time())
         self.num_tokens = 0

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from common.config import ImageLimits
 from common.errors import InvalidRequestError
-from llm_service.api.door import context_of
+from llm_service.api.door import context_of, parse
 from llm_service.api.fields import ApiRequest, Probability, StopString
 from llm_service.api.formats import called_tools
 from llm_service.api.generation import BlockEvent, Generation, blocks, respond
@@ -129,7 +129,8 @@ def create_router(server: LLMServer) -> APIRouter:
     async def count_tokens(body: CountTokensRequest, http: Request) -> dict[str, Any]:
         body.check()
         server.check_model(body.model)
-        prompt, _ = await server.count(body.prompt(server.limits), body.template(), context_of(http))
+        messages = await parse(http, body.prompt, server.limits)
+        prompt, _ = await server.count(messages, body.template(), context_of(http))
         return {"input_tokens": len(prompt.token_ids)}
 
     return router
@@ -167,7 +168,7 @@ class Message:
     async def _prepare(self) -> None:
         choice = self._body.tool_choice
         max_calls = 1 if choice is not None and choice.disable_parallel_tool_use else None
-        messages = self._body.prompt(self._limits)
+        messages = await parse(self.generation.http, self._body.prompt, self._limits)
         await self.generation.prepare(messages, self._body.options(), self._body.template(), max_calls)
 
     def _events(self, event: BlockEvent) -> list[dict[str, Any]]:

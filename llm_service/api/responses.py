@@ -9,6 +9,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from common.errors import InvalidRequestError, ServingError
+from llm_service.api.door import parse
 from llm_service.api.fields import CLIENT_FIELDS, ApiRequest
 from llm_service.api.formats import called_tools
 from llm_service.api.generation import Block, BlockEvent, Generation, blocks, respond
@@ -169,7 +170,7 @@ class ResponseObject:
 
     async def _prepare(self) -> None:
         body = self._body
-        messages = parse_input(body.input, self._limits)
+        messages = await parse(self.generation.http, parse_input, body.input, self._limits)
         if body.instructions:
             messages.insert(0, ChatMessage("system", [body.instructions]))
         max_calls = 1 if body.parallel_tool_calls is False else None

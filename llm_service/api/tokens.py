@@ -7,7 +7,7 @@ from pydantic import Field
 
 from common.errors import InvalidRequestError
 from llm_service.api.chat_completions import ChatCompletionRequest, PromptRequest
-from llm_service.api.door import context_of
+from llm_service.api.door import context_of, parse
 from llm_service.api.fields import ApiRequest, TokenId, name_ignored
 from llm_service.chat import parse_messages
 from llm_service.server import LLMServer
@@ -40,7 +40,7 @@ def create_router(server: LLMServer) -> APIRouter:
         if body.prompt is not None:
             token_ids = await server.tokenize(body.prompt, add_special_tokens=body.add_special_tokens)
         else:
-            messages = parse_messages(body.messages, server.limits)
+            messages = await parse(http, parse_messages, body.messages, server.limits)
             prompt, _ = await server.count(messages, body.template(), context_of(http))
             token_ids = prompt.token_ids
         strings = {"token_strs": server.token_strings(token_ids)} if body.return_token_strs else {}
@@ -56,7 +56,7 @@ def create_router(server: LLMServer) -> APIRouter:
     async def plan(body: ChatCompletionRequest, http: Request, response: Response) -> dict[str, Any]:
         name_ignored(response, body.check())
         server.check_model(body.model)
-        messages = parse_messages(body.messages, server.limits)
+        messages = await parse(http, parse_messages, body.messages, server.limits)
         found = await server.plan(messages, body.options(), body.template(), context_of(http))
         images = [
             {
