@@ -92,7 +92,7 @@ def _asked(messages: Sequence[ChatMessage], question: Question) -> list[ChatMess
     *earlier, last = messages
     if last.role != "user":
         return [*messages, ChatMessage("user", question.content)]
-    gap: list[str | VisualPart] = ["\n\n"] if isinstance(last.content[-1], str) else []
+    gap: list[str | VisualPart] = ["\n\n"] if last.content and isinstance(last.content[-1], str) else []
     return [*earlier, ChatMessage("user", [*last.content, *gap, *question.content])]
 
 

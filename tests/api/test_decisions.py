@@ -152,6 +152,12 @@ async def test_bad_questions_are_refused_by_name(http: httpx2.AsyncClient, field
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
 
 
+async def test_question_stands_alone_in_a_message_without_content(http: httpx2.AsyncClient) -> None:
+    answer = await http.post(URL, json=request_of(CHOICE, input=[{"role": "user", "content": []}]))
+    prompt = await http.post("/tokenize", json={"messages": [{"role": "user", "content": CHOICE["instructions"]}]})
+    assert answer.json()["usage"]["input_tokens"] == prompt.json()["count"]
+
+
 async def test_a_string_and_a_boolean_are_two_choices(http: httpx2.AsyncClient) -> None:
     question = CHOICE | {"choices": [{"value": "true"}, {"value": True}, {"value": False}]}
     answer = (await http.post(URL, json=request_of(question))).json()["answers"][0]
