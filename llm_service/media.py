@@ -92,7 +92,14 @@ class MediaLibrary:
     ) -> list[Visual]:
         """What to encode for each part, in order. No image is decoded; bytes of managed ones are not read yet."""
         await self.deletions.listen()
-        return [await self._resolve(part, context, caller) for part in await self._fetched(parts)]
+        return [await self._resolve(part, context, caller) for part in await self.fetched(parts)]
+
+    async def fetched(self, parts: Sequence[VisualPart]) -> list[FetchedPart]:
+        """With the bytes of the images behind URLs, fetched at the same time; clips have theirs when they are resolved.
+
+        Raises what `ImageFetcher.fetch()` raises.
+        """
+        return await asyncio.gather(*map(self._fetch, parts))
 
     def forget_clips(self, parts: Sequence[VisualPart], caller: RequestContext) -> None:
         """Frees their frames, which nothing needs once they are encoded."""
@@ -210,10 +217,6 @@ class MediaLibrary:
         await self.store.forget_embeddings()
         await self.deletions.poll()
         return len(keys)
-
-    async def _fetched(self, parts: Sequence[VisualPart]) -> list[FetchedPart]:
-        """With the bytes that URLs name, fetched at the same time."""
-        return await asyncio.gather(*map(self._fetch, parts))
 
     async def _fetch(self, part: VisualPart) -> FetchedPart:
         if not isinstance(part, UrlPart):

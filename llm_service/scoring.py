@@ -7,13 +7,13 @@ its prompt, which share its KV blocks and logits; all prompts begin with the inp
 import asyncio
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from llm_service.admission import ANYONE, RequestContext
 from llm_service.chat import ChatMessage, VisualPart, visuals_of
 from llm_service.engine.request import Request, SamplingParams
 from llm_service.prompt import PLAIN
-from llm_service.server import GenerationOptions, ImageReceipt, LLMServer
+from llm_service.server import GenerationOptions, ImageReceipt, LLMServer, PreparedRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +44,7 @@ async def score(
 ) -> Scores:
     """Raises InvalidRequestError, as any request with one of the questions would."""
     answers = [[_tokens(server, answer) for answer in question.answers] for question in questions]
-    prepared = []
-    for index, question in enumerate(questions):
-        options = GenerationOptions(temperature=0.0, max_tokens=max(map(len, answers[index])), logprobs=0)
-        asked = _asked(messages, question)
-        prepared.append(await server.prepare(asked, options, f"{request_id}-{index}", PLAIN, context))
-    for question in questions:
-        server.media.forget_clips(visuals_of(_asked(messages, question)), context)
+    prepared = await _prepared(server, messages, questions, answers, request_id, context)
     scores = Scores([[] for _ in questions])
     input_images = len(visuals_of(messages))
     scores.receipts = prepared[0].receipts[:input_images]
@@ -85,6 +79,36 @@ async def score(
             task.cancel()
         await asyncio.wait(tasks)
     return scores
+
+
+async def _prepared(
+    server: LLMServer,
+    messages: Sequence[ChatMessage],
+    questions: Sequence[Question],
+    answers: Sequence[Sequence[tuple[int, ...]]],
+    request_id: str,
+    context: RequestContext,
+) -> list[PreparedRequest]:
+    """One request for each question. What the input names is fetched, and its clips are decoded, once for all."""
+    async with context.limit():
+        messages = await _fetched(server, messages)
+    prepared = []
+    for index, question in enumerate(questions):
+        options = GenerationOptions(temperature=0.0, max_tokens=max(map(len, answers[index])), logprobs=0)
+        asked = _asked(messages, question)
+        prepared.append(await server.prepare(asked, options, f"{request_id}-{index}", PLAIN, context))
+    for question in questions:
+        server.media.forget_clips(visuals_of(_asked(messages, question)), context)
+    return prepared
+
+
+async def _fetched(server: LLMServer, messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+    """With the bytes of the images behind URLs."""
+    parts = iter(await server.media.fetched(visuals_of(messages)))
+    return [
+        replace(message, content=[part if isinstance(part, str) else next(parts) for part in message.content])
+        for message in messages
+    ]
 
 
 def _asked(messages: Sequence[ChatMessage], question: Question) -> list[ChatMessage]:

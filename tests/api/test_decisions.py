@@ -8,13 +8,17 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from deploy.demo import PICTURES
 from deploy.shapes import CHECKPOINT
 from deploy.shapes.scenes import render
+from llm_service.config import ApiConfig, FetchConfig
+from llm_service.fetch import ImageFetcher
 from llm_service.server import GenerationOptions
 from tests.api.conftest import Service
-from tests.conftest import picture
+from tests.conftest import picture, serving
 from tests.services import data_url
 
 URL = "/v1/decisions"
@@ -106,6 +110,40 @@ async def test_fifty_questions_take_one_encode_and_share_the_input(serve: Callab
     manager = service.llm.engine._engine.kv_cache_manager  # type: ignore[attr-defined]
     manager.check_integrity()
     assert not any(held.amount for held in service.llm.admission.held.values())
+
+
+async def test_images_behind_urls_are_fetched_once_for_all_questions(serve: Callable[..., Service]) -> None:
+    service = serve(ApiConfig(fetch=FetchConfig(allowed_hosts=("example.org",))))
+    fetched: list[str] = []
+
+    async def web(scope: Scope, receive: Receive, send: Send) -> None:
+        fetched.append(scope["path"])
+        await Response(picture())(scope, receive, send)
+
+    def request_with(image_url: str) -> dict[str, Any]:
+        parts = [{"type": "input_image", "image_url": image_url}] * 2
+        return request_of(CHOICE, PREDICATE, SCORE, input=[{"role": "user", "content": parts}])
+
+    with serving(web) as address:
+        service.llm.media._fetcher = ImageFetcher(service.llm.api.fetch, 2**20, public, calling(address))
+        named = await service.http.post(URL, json=request_with("https://example.org/a.png"))
+    sent = await service.http.post(URL, json=request_with(data_url(picture())))
+    assert named.json()["answers"] == sent.json()["answers"]
+    assert fetched == ["/a.png"] * 2
+
+
+async def public(host: str, port: int) -> list[str]:
+    return ["93.184.215.14"]
+
+
+def calling(address: str) -> httpx2.MockTransport:
+    """Calls one address of this machine, whichever it is told to call."""
+
+    async def call(request: httpx2.Request) -> httpx2.Response:
+        async with httpx2.AsyncClient(base_url=address) as client:
+            return await client.get(request.url.path)
+
+    return httpx2.MockTransport(call)
 
 
 async def test_answers_about_a_drawn_picture_are_right() -> None:
