@@ -29,7 +29,7 @@ from common.embedding import (
     pinned_bytes,
     unpack,
 )
-from common.identity import image_of
+from common.identity import images_of
 from common.miss_ratio import MissRatioCurve
 
 logger = logging.getLogger(__name__)
@@ -365,7 +365,7 @@ class TieredCache:
 
     def discard_image(self, mm_hash: str) -> None:
         self._discarded.record(mm_hash)
-        for key in [key for key in self._local if image_of(key) == mm_hash]:
+        for key in [key for key in self._local if mm_hash in images_of(key)]:
             self.discard(key)
 
     async def sweep(self, mm_hash: str) -> None:
@@ -376,7 +376,7 @@ class TieredCache:
                 return
             swept, self._unswept = self._unswept, set()
             for key in await self._remote.keys():
-                if image_of(key) in swept:
+                if not swept.isdisjoint(images_of(key)):
                     self._remote.discard(key)
 
     def clear_local(self) -> None:
@@ -431,7 +431,7 @@ class TieredCache:
             await self._remote.aclose()
 
     def _is_wanted(self, key: str, since: int | None) -> bool:
-        is_discarded = since is not None and self._discarded.is_after(since, image_of(key))
+        is_discarded = since is not None and any(self._discarded.is_after(since, image) for image in images_of(key))
         return not (is_discarded or self._is_quarantined(key))
 
     def _is_quarantined(self, key: str) -> bool:

@@ -4,6 +4,7 @@ import struct
 from dataclasses import dataclass
 
 from common.errors import InvalidRequestError
+from common.identity import mm_hash, pair_hash
 
 FRAMES_PER_GRID = 2  # the temporal patch size of all families that take clips
 
@@ -31,6 +32,14 @@ def pack_files(first: bytes, second: bytes) -> bytes:
 
 def pack_pixels(first: Buffer, second: Buffer, *, height: int, width: int) -> bytes:
     return b"".join([_PREFIX.pack(_PIXELS, height, width), first, second])
+
+
+def grid_hash(data: bytes) -> str:
+    """The `mm_hash` of two packed frames. Raises InvalidRequestError for bytes that are not."""
+    first, second = unpack_frames(data)
+    if isinstance(first, RgbFrame) or isinstance(second, RgbFrame):
+        return mm_hash(data)
+    return pair_hash(mm_hash(first), mm_hash(second))
 
 
 def unpack_frames(data: bytes) -> tuple[Frame, Frame]:

@@ -13,6 +13,11 @@ def mm_hash(data: bytes) -> str:
     return blake3.blake3(data).hexdigest()
 
 
+def pair_hash(first: str, second: str) -> str:
+    """The `mm_hash` of two frames that are images: a key names both, so that deleting one of them finds it."""
+    return f"{first}-{second}"
+
+
 def framed_digest(*fields: str) -> str:
     """BLAKE3 over length-framed UTF-8 strings, so that no two different lists collide by concatenation."""
     digest = blake3.blake3()
@@ -60,9 +65,13 @@ def _namespace_digest(namespace: EmbeddingNamespace) -> str:
     return framed_digest(*(text for pair in values for text in pair))
 
 
-def image_of(key: str) -> str:
-    """The `mm_hash` in a cache key."""
-    return key.partition(":")[2].partition(":")[0]
+def images_of(key: str) -> list[str]:
+    """The digests of the images whose embedding a cache key names: one, or those of two frames."""
+    return images_in(key.partition(":")[2].partition(":")[0])
+
+
+def images_in(mm_hash: str) -> list[str]:
+    return mm_hash.split("-")
 
 
 def params_of(key: str) -> str:

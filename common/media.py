@@ -10,7 +10,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 from common.config import MIB, ImageLimits, TokenReduction
 from common.embedding import Grid
 from common.errors import DeadlineExceededError, InvalidRequestError, PayloadTooLargeError
-from common.frames import Frame, RgbFrame, unpack_frames
+from common.frames import Frame, RgbFrame, grid_hash, unpack_frames
 from common.geometry import ImageGeometry
 from common.identity import mm_hash
 
@@ -82,7 +82,7 @@ class MediaItem:
 
     @classmethod
     def of(cls, data: bytes, params: MediaParams, tenant: str = "") -> "MediaItem":
-        return cls(data=data, mm_hash=mm_hash(data), params=params, tenant=tenant)
+        return cls(data=data, mm_hash=item_hash(data, params), params=params, tenant=tenant)
 
     def displayed_size(self, limits: ImageLimits) -> tuple[int, int]:
         """Height and width in pixels, of each of the frames if there are two. Raises InvalidRequestError."""
@@ -97,6 +97,11 @@ class MediaItem:
         """Raises DeadlineExceededError, so that no time is spent on what nobody waits for."""
         if self.deadline is not None and time.time() > self.deadline:
             raise DeadlineExceededError("the time limit of the request is over", code="deadline_exceeded")
+
+
+def item_hash(data: bytes, params: MediaParams) -> str:
+    """The `mm_hash` of an item. Raises InvalidRequestError for one that should be two frames and is not."""
+    return mm_hash(data) if params.frames == 1 else grid_hash(data)
 
 
 class _Source(io.BytesIO):

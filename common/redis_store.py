@@ -39,7 +39,7 @@ _NUM_READERS = 4
 _PROBE_INTERVAL_S = 1.0
 _MAX_NAME_BYTES = 1024
 _DISCARD_AGAIN_S = 2.0
-_KEY = re.compile(r"[0-9a-f]{64}:[0-9a-f]{64}:.+")
+_KEY = re.compile(r"[0-9a-f]{64}:[0-9a-f]{64}(-[0-9a-f]{64})?:.+")  # two digests of two frames
 _TLS_OPTIONS = {"ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "ssl_check_hostname"}
 _OPTIONS = {"host", "port", "path", "username", "password", "db"}
 

@@ -16,8 +16,8 @@ from common.checkpoint import LoadedHalf, checkpoint_directory, load_geometry, l
 from common.config import ModelConfig
 from common.embedding import EmbeddingSpec, VisionEmbedding, content_digest, pack, unpack
 from common.errors import InvalidRequestError, OverloadedError
-from common.identity import EmbeddingNamespace, mm_hash
-from common.media import MediaItem
+from common.identity import EmbeddingNamespace
+from common.media import MediaItem, MediaParams, item_hash
 from common.media_store import MediaStore, discard_from
 from common.threads import on_thread_if_large
 from common.tracing import span
@@ -70,7 +70,8 @@ class EncoderServer:
         self._cache = cache
         self._producer = producer
         self._alias_store = alias_store
-        self._params: set[str] = set()  # of all images so far: a few, because requests choose among the details
+        self._params: set[MediaParams] = set()  # of all items so far: a few, because requests choose among the details
+        self._sweeps: set[asyncio.Task[None]] = set()
         self.num_encoded = 0
 
     async def describe(self, image: str | None = None) -> EmbeddingNamespace:
@@ -82,9 +83,9 @@ class EncoderServer:
 
         Raises InvalidRequestError for bad bytes, OverloadedError when too many images wait, and DeadlineExceededError.
         """
-        if await on_thread_if_large(len(item.data), mm_hash, item.data) != item.mm_hash:
+        if await on_thread_if_large(len(item.data), item_hash, item.data, item.params) != item.mm_hash:
             raise InvalidRequestError("the image bytes do not match their mm_hash")
-        self._params.add(str(item.params))
+        self._params.add(item.params)
         key = self._encoder.namespace.of(item.tenant).key(item.mm_hash, str(item.params))
         return await self._in_flight.run(key, lambda: self._find_or_encode(key, item))
 
@@ -112,7 +113,11 @@ class EncoderServer:
             return
         namespace = self._encoder.namespace.of(deleted.tenant)
         for params in self._params:  # what was published a moment ago need not be in the local tier any more
-            self._cache.discard(namespace.key(deleted.mm_hash, params))
+            self._cache.discard(namespace.key(deleted.mm_hash, str(params)))
+        if any(params.frames > 1 for params in self._params):  # whose keys name another frame, too
+            sweep = asyncio.create_task(self._cache.sweep(deleted.mm_hash))
+            self._sweeps.add(sweep)
+            sweep.add_done_callback(self._sweeps.discard)
 
     def backlog(self) -> dict[str, float]:
         """The images that are not encoded yet, and the seconds that the slower one of decoding and encoding will take.
@@ -130,6 +135,7 @@ class EncoderServer:
 
     async def aclose(self) -> None:
         """Lets the shared tier have what was encoded last."""
+        await asyncio.gather(*self._sweeps)
         await self._cache.aclose()
 
     async def _find_or_encode(self, key: str, item: MediaItem) -> bytes:

@@ -4,6 +4,7 @@ In `exact` numerics a greedy answer depends on the request and on what the syste
 else, so that a repeated request can have the tokens of the first one.
 """
 
+import asyncio
 import json
 import logging
 import secrets
@@ -58,7 +59,8 @@ class AnswerCache:
     async def secrets(self, mm_hashes: Sequence[str]) -> list[str]:
         """For `answer_key()`: that of all answers and those of images, as kept, or new ones where none is kept."""
         slots = [_ALL, *map(self._image_slot, mm_hashes)]
-        secret_of = {slot: await self._secret(slot) for slot in dict.fromkeys(slots)}
+        unique = list(dict.fromkeys(slots))
+        secret_of = dict(zip(unique, await asyncio.gather(*map(self._secret, unique)), strict=True))
         return [secret_of[slot].hex() for slot in slots]
 
     def discard_image(self, mm_hash: str) -> None:

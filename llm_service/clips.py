@@ -20,9 +20,9 @@ from typing import TypeVar
 
 from common.config import MIB, ImageLimits, VideoLimits
 from common.errors import InvalidRequestError
-from common.frames import FRAMES_PER_GRID, pack_files, pack_pixels
+from common.frames import FRAMES_PER_GRID, grid_hash, pack_files, pack_pixels
 from common.geometry import PatchGeometry
-from common.identity import framed_digest, mm_hash
+from common.identity import framed_digest
 from common.media import MediaItem, MediaParams, check_same_size, frame_size
 from llm_service.admission import ANYONE, RequestContext
 from llm_service.features import ImageRequest
@@ -304,7 +304,7 @@ def _clip_of_output(output: bytearray) -> Clip:
 
 
 def _pair(data: bytes, first: float, second: float) -> FramePair:
-    return FramePair(data, mm_hash(data), (first + second) / 2)
+    return FramePair(data, grid_hash(data), (first + second) / 2)
 
 
 def _pairs(num_frames: int) -> list[tuple[int, int]]:

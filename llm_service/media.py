@@ -20,7 +20,7 @@ from common.errors import (
     UnavailableError,
 )
 from common.geometry import ImageGeometry
-from common.identity import image_of, mm_hash, params_of
+from common.identity import images_of, mm_hash, params_of
 from common.media import ImageHeader, MediaItem, MediaParams, image_header, reduction_of
 from common.media_store import DeletionWatcher, MediaRecord, MediaStore, discard_from, media_id_of
 from common.threads import on_thread_if_large
@@ -348,7 +348,7 @@ class MediaLibrary:
         deleted = discard_from(self._cache, event)
         if deleted is None:
             return
-        for key in [key for key in self._pinning if image_of(key) == deleted.mm_hash]:
+        for key in [key for key in self._pinning if deleted.mm_hash in images_of(key)]:
             self._pinning[key].cancel()
         if self._answers is not None:
             self._answers.discard_image(deleted.mm_hash)

@@ -24,7 +24,7 @@ from common.embedding import Grid, VisionEmbedding
 from common.errors import InvalidRequestError, ModelNotFoundError, UnavailableError
 from common.families import MropeRule, clip_rule_of
 from common.geometry import PatchGeometry
-from common.identity import framed_digest, system_fingerprint
+from common.identity import framed_digest, images_in, system_fingerprint
 from common.media import MediaParams
 from common.media_store import MediaStore, open_media_store
 from llm_service.admission import ANYONE, Admission, RequestContext
@@ -554,8 +554,8 @@ class LLMServer:
                 f"{embedding_key(namespace, image.item)} {interval!r}"  # which positions follow from
                 for image, interval in zip(images, prompt.intervals, strict=True)
             ],
-            secrets=await self._answers.secrets(  # only images can be deleted
-                [image.item.mm_hash for image in images if image.item.params.frames == 1]
+            secrets=await self._answers.secrets(
+                [digest for image in images for digest in images_in(image.item.mm_hash)]
             ),
         )
 

@@ -32,6 +32,7 @@ from llm_service.answer_cache import AnswerCache, open_answer_cache
 from llm_service.api.app import create_app
 from llm_service.config import EngineConfig
 from llm_service.server import LLMServer
+from tests.clips import frames, frames_part, png
 from tests.common.test_cache import DictTier
 from tests.conftest import picture
 
@@ -604,20 +605,23 @@ class TestOnRedis:
         assert source_of(await asker.ask(inline(picture()))) == "encoder"  # and whoever sends it anew is served as ever
         assert source_of(await asker.ask(inline(picture()), max_tokens=5)) == "local"
 
+    @pytest.mark.parametrize("as_frame", [False, True])
     async def test_embedding_that_is_written_before_the_encoder_hears_of_the_deletion_is_removed_when_it_does(
-        self, services: "Services", embeddings: redis.Redis, monkeypatch: pytest.MonkeyPatch
+        self, services: "Services", embeddings: redis.Redis, monkeypatch: pytest.MonkeyPatch, as_frame: bool
     ) -> None:
         asker, deleter = services.replicas
         held = Held(services.encoder, monkeypatch)
-        added = await deleter.add(picture())
-        asking = asyncio.create_task(asker.ask(reference(added["id"])))
+        first, second = frames(2)
+        added = await deleter.add(png(first))
+        part = frames_part([first, second]) if as_frame else reference(added["id"])
+        asking = asyncio.create_task(asker.ask(part))
         await held.begun.wait()
         async with services.watcher._turn:  # the encoder does not hear yet
             await deleter.http.delete(f"/v1/media/{added['id']}")
             await asker.server.media.deletions.poll()
             await services.written()
             held.go_on.set()
-            assert text_of(await asking)
+            assert source_of(await asking)
             await services.written()
             assert list(embeddings.scan_iter(ENTRIES))
             for key in await services.caches[0].keys():
@@ -629,8 +633,8 @@ class TestOnRedis:
         self, shared: Replica, embeddings: redis.Redis
     ) -> None:
         added, other = await shared.add(picture()), await shared.add(picture(seed=1))
-        for digest in (added["blake3"], other["blake3"]):
-            embeddings.set(f"fovea:{'0' * 64}:{digest}:max_pixels=5", b"an embedding of other weights", px=60_000)
+        for named in (added["blake3"], other["blake3"], f"{other['blake3']}-{added['blake3']}"):
+            embeddings.set(f"fovea:{'0' * 64}:{named}:max_pixels=5", b"an embedding of other weights", px=60_000)
         await shared.http.delete(f"/v1/media/{added['id']}")
         await until(lambda: len(list(embeddings.scan_iter(ENTRIES))) == 1)
         assert other["blake3"].encode() in next(embeddings.scan_iter(ENTRIES))
@@ -684,6 +688,32 @@ class TestOnRedis:
         await asyncio.sleep(0.5)
         assert not await answered_from_the_cache(again["id"])
         assert await answered_from_the_cache(other["id"])
+
+    @pytest.mark.parametrize("place", [0, 3])
+    async def test_deleted_image_takes_along_the_grids_of_clips_it_is_a_frame_of_and_answers_about_them(
+        self, services: "Services", embeddings: redis.Redis, place: int
+    ) -> None:
+        asker, deleter = services.replicas
+        shown = frames(6)
+        added = await deleter.add(png(shown[place]))
+        clips = [frames_part(shown, fps=2), frames_part(shown[4:], fps=2)]
+
+        async def is_known(clip: dict[str, Any]) -> bool:
+            return source_of(await asker.ask(clip)) == "answer"
+
+        for clip in clips:
+            assert source_of(await deleter.ask(clip, max_tokens=2))
+            await until_async(lambda clip=clip: is_known(clip))
+        await services.written()
+        assert [len(await cache.keys()) for cache in services.caches] == [3, 3, 3]
+        await deleter.http.delete(f"/v1/media/{added['id']}")
+        await asyncio.sleep(0.9)  # until everyone has heard
+        await services.written()
+        assert [len(await cache.keys()) for cache in services.caches] == [2, 2, 2]
+        assert not [key for cache in services.caches for key in await cache.keys() if added["blake3"] in key]
+        assert len(list(embeddings.scan_iter(ENTRIES))) == 2
+        assert [await is_known(clip) for clip in clips] == [False, True]
+        assert services.encoder.num_encoded == 4
 
     @pytest.mark.parametrize("deleted", ["first", "copy"])
     async def test_deleting_one_file_of_a_picture_deletes_the_embeddings_and_aliases_of_all(

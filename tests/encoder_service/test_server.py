@@ -22,8 +22,7 @@ from common.config import CacheConfig, ModelConfig
 from common.embedding import unpack
 from common.errors import InvalidRequestError, OverloadedError
 from common.frames import pack_pixels
-from common.identity import mm_hash
-from common.media import MediaItem, MediaParams
+from common.media import MediaItem, MediaParams, item_hash
 from common.media_store import open_media_store
 from encoder_service.batcher import Batcher
 from encoder_service.config import EncoderConfig
@@ -124,7 +123,7 @@ async def test_large_grid_of_a_clip_is_hashed_and_measured_once_and_beside_the_e
 
         return call
 
-    monkeypatch.setattr("encoder_service.server.mm_hash", noted("hash", mm_hash))
+    monkeypatch.setattr("encoder_service.server.item_hash", noted("hash", item_hash))
     monkeypatch.setattr(server, "_spec", noted("spec", server._spec))
     await server.encode(item)
     assert called == [("hash", False), ("spec", False)]
