@@ -1,5 +1,7 @@
 """The page at / in a real headless Chromium, against the embedded model served in this process."""
 
+import mimetypes
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Error, Page, expect, sync_playwright
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -19,12 +22,13 @@ from common.media_storage import LocalStorage
 from common.media_store import MediaStore
 from deploy.app import EMBEDDED_MODEL, resolve_model
 from deploy.demo import PICTURES
-from deploy.shapes.scenes import render
+from deploy.shapes.scenes import render, scene_of
 from encoder_service.config import EncoderConfig
 from encoder_service.server import EncoderServer
 from llm_service.api.app import create_app
 from llm_service.config import EngineConfig
 from llm_service.server import LLMServer
+from tests.clips import WEBM, animation, video
 from tests.conftest import serving
 
 DESKTOP = {"width": 1280, "height": 860}
@@ -110,11 +114,31 @@ def page(context: BrowserContext, url: str) -> Iterator[Page]:
 
 
 @pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of two frames a second."""
+    directory = tmp_path_factory.mktemp("clips")
+    shown = moving_right("purple diamond")
+    mp4 = video(shown, format="mp4", codec="libx264", pixel_format="yuv420p", fps=2)
+    (directory / "moving.mp4").write_bytes(mp4)
+    (directory / "moving.webm").write_bytes(video(shown, fps=2, **WEBM))
+    (directory / "moving.gif").write_bytes(animation(shown, "GIF", duration_ms=500))
+    (directory / "moving.webp").write_bytes(animation(shown, "WEBP", duration_ms=500))
+    (directory / "still.gif").write_bytes(animation(shown[:1], "GIF"))
+    (directory / "still.webp").write_bytes(animation(shown[:1], "WEBP"))
+    return directory
+
+
+@pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("pictures")
     for name, scene in PICTURES.items():
         render(scene).save(directory / name)
     return directory
+
+
+def moving_right(what: str) -> list[Image.Image]:
+    places = (0.25, 0.35, 0.45, 0.55, 0.65, 0.75)
+    return [render(scene_of((what, x, 0.5, 0.2), width=168, height=168)) for x in places]
 
 
 def is_complaint(message: Any) -> bool:
@@ -123,7 +147,7 @@ def is_complaint(message: Any) -> bool:
 
 
 def attach(page: Page, *paths: Path) -> None:
-    page.get_by_label("Pictures", exact=True).set_input_files([str(path) for path in paths])
+    page.get_by_label("Pictures and clips", exact=True).set_input_files([str(path) for path in paths])
     expect(page.locator("#pending figure")).to_have_count(len(paths))
 
 
@@ -151,14 +175,14 @@ def captions(page: Page) -> list[str]:
 def give_files(page: Page, event: str, path: Path) -> None:
     """Drops or pastes a file, which a browser that is driven cannot be made to do otherwise."""
     page.evaluate(
-        """([event, name, bytes]) => {
+        """([event, name, type, bytes]) => {
             const data = new DataTransfer();
-            data.items.add(new File([new Uint8Array(bytes)], name, {type: "image/png"}));
+            data.items.add(new File([new Uint8Array(bytes)], name, {type}));
             document.dispatchEvent(event === "paste"
                 ? new ClipboardEvent("paste", {clipboardData: data, cancelable: true})
                 : new DragEvent(event, {dataTransfer: data, cancelable: true}));
         }""",
-        [event, path.name, list(path.read_bytes())],
+        [event, path.name, mimetypes.guess_type(path)[0], list(path.read_bytes())],
     )
 
 
@@ -193,9 +217,87 @@ def test_drop_and_paste_attach_pictures(page: Page, pictures: Path) -> None:
     give_files(page, "drop", pictures / "tall.png")
     give_files(page, "paste", pictures / "two-shapes.png")
     expect(page.get_by_text("Drop pictures")).to_be_hidden()
-    expect(page.locator("#pending figcaption")).to_have_text(["tall.png", "two-shapes.png"])
+    expect(page.locator("#pending figcaption")).to_contain_text(["tall.png", "two-shapes.png"])
     page.get_by_role("button", name="Remove tall.png").click()
-    expect(page.locator("#pending figcaption")).to_have_text(["two-shapes.png"])
+    expect(page.locator("#pending figcaption")).to_contain_text(["two-shapes.png"])
+
+
+def test_second_question_about_a_clip_reuses_its_pairs_of_frames(page: Page, tmp_path: Path) -> None:
+    clip = tmp_path / "clip.webm"
+    clip.write_bytes(video(moving_right("green cross"), fps=2, **WEBM))
+    for encoded, reused in ((3, 0), (0, 3)):
+        ask(page, "Which way does it move?", clip)
+        assert answers(page) == ["right"]
+        [caption] = captions(page)
+        assert caption.startswith("108 tokens of 6 frames")
+        assert caption.endswith(f"pairs of frames: {encoded} encoded, {reused} reused")
+        figures = page.locator("#last").inner_text().split("\n")
+        assert figures[-6:] == ["Pairs of frames", "3", "encoded", str(encoded), "reused", str(reused)]
+        assert figures[figures.index("of clips") + 1] == "108"
+        page.get_by_role("button", name="New").click()
+
+
+@pytest.mark.parametrize(
+    ("name", "preview", "part"),
+    [
+        ("moving.webm", "video", "video_url"),
+        ("moving.mp4", "video", "video_url"),
+        ("moving.gif", "img", "video_url"),
+        ("moving.webp", "img", "video_url"),
+        ("still.gif", "img", "image_url"),
+        ("still.webp", "img", "image_url"),
+    ],
+)
+@pytest.mark.parametrize("event", ["drop", "paste", "button"])
+def test_clip_is_attached_as_a_picture_is_and_can_be_removed_again(
+    page: Page, clips: Path, name: str, preview: str, part: str, event: str
+) -> None:
+    def give() -> None:
+        if event == "button":
+            attach(page, clips / name)
+        else:
+            give_files(page, event, clips / name)
+
+    give()
+    expect(page.locator("#pending figcaption")).to_have_text([re.compile(rf"^{name}\d+ kB$")])
+    expect(page.locator(f"#pending {preview}")).to_be_visible()
+    page.get_by_role("button", name=f"Remove {name}").press("Enter")
+    expect(page.locator("#pending figure")).to_have_count(0)
+    give()
+    ask(page, "What is this?")
+    assert f'"type": "{part}"' in page.locator("#code").inner_text()
+    expect(page.locator(f".turn.user {preview}")).to_be_visible()
+
+
+def test_most_frames_of_a_clip_can_be_set(page: Page, clips: Path) -> None:
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("Most frames of a clip").fill("2")
+    page.keyboard.press("Enter")
+    ask(page, "Which way does it move?", clips / "moving.webm")
+    assert captions(page)[0].startswith("36 tokens of 2 frames")
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "limit"), [(21 * MIB, "limits.video.max_bytes"), (30 * MIB, "api.max_body_bytes")]
+)
+def test_clip_that_is_too_large_is_refused_with_the_limit(
+    page: Page, tmp_path: Path, num_bytes: int, limit: str
+) -> None:
+    large = tmp_path / "large.mp4"
+    large.write_bytes(bytes(num_bytes))
+    attach(page, large)
+    page.get_by_role("textbox", name="Question").fill("What is this?")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert").filter(has_text=limit)).to_be_visible()
+    expect(page.locator("#pending figure")).to_have_count(1)
+
+
+def test_file_that_is_neither_picture_nor_clip_is_not_attached(page: Page, tmp_path: Path) -> None:
+    other = tmp_path / "notes.txt"
+    other.write_text("no picture")
+    page.get_by_label("Pictures and clips", exact=True).set_input_files(str(other))
+    expect(page.get_by_role("alert").filter(has_text="notes.txt")).to_be_visible()
+    expect(page.locator("#pending figure")).to_have_count(0)
 
 
 def test_camera_snapshot_becomes_a_picture_and_the_camera_is_off_again(page: Page) -> None:
@@ -211,7 +313,7 @@ def test_everything_works_with_the_keyboard_alone(page: Page) -> None:
     while "triangles" not in page.evaluate("document.activeElement.textContent"):
         page.keyboard.press("Shift+Tab")
     page.keyboard.press("Enter")
-    expect(page.locator("#pending figcaption")).to_have_text(["triangles.png"])
+    expect(page.locator("#pending figcaption")).to_contain_text(["triangles.png"])
     expect(page.get_by_role("textbox", name="Question")).to_be_focused()
     expect(page.get_by_role("textbox", name="Question")).to_have_value("How many triangles are there?")
     page.keyboard.press("Enter")
@@ -241,23 +343,32 @@ def test_media_are_kept_used_and_deleted(page: Page, pictures: Path) -> None:
     expect(page.get_by_text("Nothing is kept yet.")).to_be_visible()
 
 
-def test_copied_code_gives_the_same_answer(page: Page, pictures: Path, tmp_path: Path) -> None:
-    odd = tmp_path / "it's $HOME `x`.png"
-    shutil.copy(pictures / "two-shapes.png", odd)
-    ask(page, "What colour is the circle?", odd)
+@pytest.mark.parametrize(
+    ("name", "question", "answer"),
+    [
+        ("two-shapes.png", "What colour is the circle?", "red"),
+        ("moving.webm", "Which way does it move?", "right"),
+    ],
+)
+def test_copied_code_gives_the_same_answer(
+    page: Page, pictures: Path, clips: Path, tmp_path: Path, name: str, question: str, answer: str
+) -> None:
+    odd = tmp_path / f"it's $HOME `x` {name}"
+    shutil.copy(next(path for path in (pictures / name, clips / name) if path.exists()), odd)
+    ask(page, question, odd)
     copied = {}
-    for name in ("curl", "Python"):
-        page.get_by_role("tab", name=name).click()
+    for tab in ("curl", "Python"):
+        page.get_by_role("tab", name=tab).click()
         page.get_by_role("button", name="Copy").click()
         expect(page.get_by_role("button", name="Copied")).to_be_visible()
-        copied[name] = page.evaluate("navigator.clipboard.readText()")
+        copied[tab] = page.evaluate("navigator.clipboard.readText()")
         expect(page.get_by_role("button", name="Copy", exact=True)).to_be_visible()
     by_curl = subprocess.run(["bash", "-c", copied["curl"]], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert '"content":"red"' in by_curl.stdout
+    assert f'"content":"{answer}"' in by_curl.stdout
     by_python = subprocess.run(
         [sys.executable, "-c", copied["Python"]], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    assert by_python.stdout == "red\n"
+    assert by_python.stdout == f"{answer}\n"
 
 
 def test_key_is_asked_for_and_kept_in_memory_only(page: Page, door: KeyDoor) -> None:
@@ -308,11 +419,23 @@ def test_policy_lets_the_page_load_and_run_nothing_but_itself(context: BrowserCo
 
 
 @pytest.mark.parametrize(
-    ("name", "viewport", "scheme"),
-    [("desktop", DESKTOP, "light"), ("desktop-dark", DESKTOP, "dark"), ("phone", PHONE, "light")],
+    ("name", "viewport", "scheme", "moves"),
+    [
+        ("desktop", DESKTOP, "light", "red circle"),
+        ("desktop-dark", DESKTOP, "dark", "orange circle"),
+        ("phone", PHONE, "light", "purple circle"),
+    ],
 )
 def test_nothing_is_cut_off_at_this_size(
-    browser: Browser, url: str, pictures: Path, name: str, viewport: Any, scheme: Any, request: pytest.FixtureRequest
+    browser: Browser,
+    url: str,
+    pictures: Path,
+    tmp_path: Path,
+    name: str,
+    viewport: Any,
+    scheme: Any,
+    moves: str,
+    request: pytest.FixtureRequest,
 ) -> None:
     """With `--screenshots DIR` the pictures of the documentation are made here."""
     for path in pictures.iterdir():
@@ -321,19 +444,27 @@ def test_nothing_is_cut_off_at_this_size(
     page = context.new_page()
     page.goto(url)
     ask(page, "What colour is the circle?", pictures / "two-shapes.png")
-    page.get_by_role("button", name="New").click()
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("each question alone").check()
+    page.keyboard.press("Enter")
+    clip = tmp_path / "moving.gif"
+    shown = moving_right(moves)
+    clip.write_bytes(animation(shown[:4], "GIF", duration_ms=500))
+    ask(page, "Which way does it move?", clip)
     ask(page, "Is the red circle left or right of the blue square?", pictures / "two-shapes.png")
-    ask(page, "How many triangles are there?", pictures / "triangles.jpg")
+    clip.write_bytes(animation(shown, "GIF", duration_ms=500))
+    ask(page, "Which way does it move?", clip)
+    keep = request.config.getoption("--screenshots")
+    page.mouse.move(0, 0)  # off the last button, which it lights
+    if keep:
+        page.screenshot(path=Path(keep) / f"page-{name}.png")
+    attach(page, pictures / "triangles.jpg", clip)
     too_wide = "element => element.scrollWidth - element.clientWidth"
     for selector in ("html", "body", "header", "main", "#log", "#composer"):
         assert page.locator(selector).evaluate(too_wide) <= 0, selector
     for button in page.locator("header button:visible, #composer button:visible").all():
         box = button.bounding_box()
         assert box is not None and box["x"] >= 0 and box["x"] + box["width"] <= viewport["width"]
-    keep = request.config.getoption("--screenshots")
-    page.mouse.move(0, 0)  # off the last button, which it lights
-    if keep:
-        page.screenshot(path=Path(keep) / f"page-{name}.png")
     figures = page.get_by_role("button", name="Figures")
     if figures.is_visible():
         figures.click()
