@@ -24,6 +24,7 @@ from common.checkpoint import LoadedHalf, checkpoint_directory, choose_device, c
 from common.config import CacheConfig, ModelConfig
 from common.errors import InvalidRequestError
 from common.families import family_of
+from common.garbage import leave_alone_what_is_there
 from common.logs import log_as_serve_does
 from common.media_store import open_media_store
 from encoder_service.config import EncoderConfig
@@ -208,6 +209,7 @@ class OnePieceDeployment:
         log_as_serve_does()
         self._admin_api = cache.admin_api
         self._server = one_piece_server(model, config, cache, api)
+        leave_alone_what_is_there()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(

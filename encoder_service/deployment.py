@@ -8,6 +8,7 @@ from ray.serve.config import RequestRouterConfig
 
 from common import metrics
 from common.config import CacheConfig, ModelConfig
+from common.garbage import leave_alone_what_is_there
 from common.identity import EmbeddingNamespace
 from common.logs import log_as_serve_does
 from common.media import MediaItem
@@ -42,6 +43,7 @@ class EncoderDeployment:
         alias_store = store if cache.pixel_alias and cache.media_redis_url is not None else None
         self._server = EncoderServer(model, config, open_cache(cache), producer=replica, alias_store=alias_store)
         self._deletions = DeletionWatcher(store, self._server.discard)
+        leave_alone_what_is_there()
 
     async def encode(self, item: MediaItem) -> bytes:
         await self._deletions.listen()

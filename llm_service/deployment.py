@@ -20,6 +20,7 @@ from common import metrics
 from common.checkpoint import choose_device
 from common.config import CacheConfig, ModelConfig
 from common.errors import OverloadedError, ServingError, UnavailableError
+from common.garbage import leave_alone_what_is_there
 from common.identity import EmbeddingNamespace
 from common.logs import log_as_serve_does
 from common.media import MediaItem
@@ -197,6 +198,7 @@ class LLMDeployment:
             answers=open_answer_cache(cache),
             api=api,
         )
+        leave_alone_what_is_there()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(
