@@ -24,7 +24,6 @@ from transformers import AutoModelForImageTextToText, Qwen2VLConfig
 from common.checkpoint import LoadedHalf, load_half
 from common.config import ModelConfig
 from common.embedding import VisionEmbedding
-from common.garbage import leave_alone_what_is_there
 from deploy.bench.report import circumstances, show, write
 from llm_service.config import EngineConfig
 from llm_service.engine.engine import LLMEngine
@@ -68,7 +67,6 @@ def run_gpu(output: Path, *, concurrencies: Sequence[int] = (1, 64, 256)) -> Non
         begin = time.perf_counter()
         engine = gpu_engine(loaded, numerics)
         ready_s = time.perf_counter() - begin
-        leave_alone_what_is_there()
         tables["start"].append({"numerics": numerics, "dummy weights s": weights_s, "engine ready s": ready_s})
         for context, batch in product((512, 2048), (1, 8, 16, 64, 256)):
             tables["decode step"].append(decode_step(engine, numerics, batch, context))
