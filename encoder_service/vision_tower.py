@@ -76,6 +76,7 @@ class VisionTower(nn.Module):
         self._by_grid: OrderedDict[Grid, _Graph] = OrderedDict()
         self._seen: set[Grid] = set()  # as many as there are grids of few patches
         self._pool: Any = None  # memory that the graphs share, since one runs at a time
+        self._pixel_values: Tensor | None = None  # what all of them read
         self._grid_inputs = lru_cache(_MAX_GRIDS)(self._compute_grid_inputs)
         for block in tower.blocks:
             block.attn = _Attention(block.attn)
@@ -120,9 +121,11 @@ class VisionTower(nn.Module):
         return graph.replay(pixel_values, {})
 
     def _capture(self, pixel_values: Tensor, inputs: Mapping[str, Any]) -> _Graph:
-        """Of tensors of its own, which a replay overwrites."""
+        """Of tensors that nothing else reads, because a replay overwrites them."""
+        if self._pixel_values is None:
+            self._pixel_values = pixel_values.new_empty(_MAX_GRID_PATCHES, pixel_values.shape[1])
         own = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
-        return self._record(pixel_values.clone(), own)
+        return self._record(self._pixel_values[: len(pixel_values)].copy_(pixel_values), own)
 
     def _record(self, pixel_values: Tensor, inputs: Mapping[str, Any]) -> _Graph:
         self._forward(pixel_values, inputs)  # compiles kernels and allocates workspaces, which a capture must not
