@@ -29,6 +29,7 @@ from common.embedding import (
     pinned_bytes,
     unpack,
 )
+from common.errors import UnavailableError
 from common.identity import images_of
 from common.miss_ratio import MissRatioCurve
 
@@ -43,6 +44,7 @@ _UNUSED_SHARE = 4  # of the tier's bytes
 _MAX_DISCARDED = 4096
 _LEASE_S = 2.0  # what a dead holder costs those who wait for it
 _LEASE_POLL_S = 0.05
+_SWEEP_AGAIN_S = 2.0
 _MS_PER_BYTE = 2.5e-5  # 100 ms for 4 MiB: until the first entry of a known cost
 
 
@@ -90,7 +92,10 @@ class EmbeddingCache(Protocol):
         """
 
     async def sweep(self, mm_hash: str) -> None:
-        """Discards what the shared tier has of these bytes under any namespace and params; takes a while."""
+        """Discards what the shared tier has of these bytes under any namespace and params; takes a while.
+
+        If the tier does not answer, that is done later.
+        """
 
     def clear_local(self) -> None: ...
 
@@ -312,6 +317,7 @@ class TieredCache:
         self._discarded = _Discarded()
         self._unswept: set[str] = set()
         self._sweeping = asyncio.Lock()
+        self._sweeping_again: asyncio.Task[None] | None = None
 
     async def get_many(self, wanted: Mapping[str, EmbeddingSpec]) -> dict[str, CacheHit]:
         for key, spec in wanted.items():
@@ -372,12 +378,33 @@ class TieredCache:
         # Redis has no list of an image's entries, so all names are read: at one time for all who wait.
         self._unswept.add(mm_hash)
         async with self._sweeping:
-            if self._remote is None or mm_hash not in self._unswept:
-                return
-            swept, self._unswept = self._unswept, set()
+            if mm_hash in self._unswept:
+                await self._sweep()
+
+    async def _sweep(self) -> None:
+        swept, self._unswept = self._unswept, set()
+        if self._remote is None:
+            return
+        is_done = False
+        try:
             for key in await self._remote.keys():
                 if not swept.isdisjoint(images_of(key)):
                     self._remote.discard(key)
+            is_done = True
+        except UnavailableError as exc:
+            logger.warning("what was deleted is looked for again later: %s", exc.message)
+        finally:  # whoever asked may have left
+            if not is_done:
+                self._unswept |= swept
+                if self._sweeping_again is None:
+                    self._sweeping_again = asyncio.create_task(self._sweep_again())
+
+    async def _sweep_again(self) -> None:
+        while self._unswept:
+            await asyncio.sleep(_SWEEP_AGAIN_S)
+            async with self._sweeping:
+                await self._sweep()
+        self._sweeping_again = None
 
     def clear_local(self) -> None:
         self._discarded.record_all()
@@ -427,6 +454,8 @@ class TieredCache:
         }
 
     async def aclose(self) -> None:
+        if self._sweeping_again is not None:
+            self._sweeping_again.cancel()
         if self._remote is not None:
             await self._remote.aclose()
 

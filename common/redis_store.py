@@ -28,6 +28,7 @@ from common import metrics
 from common.cache import EmbeddingCache, LocalTier, TieredCache
 from common.config import CacheConfig
 from common.embedding import CHECKSUM, keyed_seal
+from common.errors import UnavailableError
 from common.read_policy import ReadPolicy
 from common.redis_connection import Argument, RedisConnection, RedisEndpoint, RedisReplyError, Reply
 
@@ -295,10 +296,15 @@ class RedisTier:
         return bool(there.reply) and (await self._call("pin", self._readers, name, b"PERSIST", name)).reply is not None
 
     async def keys(self) -> list[str]:
-        """Of the embeddings, and not of what else may be on the server."""
+        """Of the embeddings, those that wait to be written too, and not of what else may be on the server.
+
+        Raises UnavailableError if not all can be read.
+        """
         endpoints = await self._run("scan", self._readers, self._servers.endpoints, self._limit_s(0))
-        found = [key for endpoint in endpoints or [] async for key in self._scan(endpoint)]
-        return sorted(set(found))
+        if endpoints is None:
+            raise self._unavailable()
+        found = {key for endpoint in endpoints async for key in self._scan(endpoint)}
+        return sorted(found.union(write.key for write in self._unwritten if write.data is not None))
 
     async def ping(self) -> bool:
         """Whether the server answers now. A question for the breaker too: while it is open the answer is no."""
@@ -359,9 +365,14 @@ class RedisTier:
                         if isinstance(name, bytes) and _KEY.fullmatch(key := _key(name)):
                             yield key
                 case _:
-                    return
+                    raise self._unavailable()
             if cursor == b"0":
                 return
+
+    def _unavailable(self) -> UnavailableError:
+        return UnavailableError(
+            f"Redis at {self._address} does not say what it holds (cache.redis_url)", code="cache_unavailable"
+        )
 
     def _write_later(self, write: _Write) -> None:
         self._unwritten.append(write)

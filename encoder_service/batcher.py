@@ -47,22 +47,25 @@ class Batcher:
             await asyncio.wait(self._running)
 
     async def _run(self) -> None:
-        while batch := self._next_batch():
-            await self._encode_batch(batch)
-        task = asyncio.current_task()
-        assert task is not None
-        self._running.discard(task)  # here and not later: what is submitted next needs another one
+        try:
+            while batch := self._next_batch():
+                await self._encode_batch(batch)
+        finally:
+            task = asyncio.current_task()
+            assert task is not None
+            self._running.discard(task)  # here and not later: what is submitted next needs another one
 
     async def _encode_batch(self, batch: Sequence[_Waiting]) -> None:
         images = [waiting.image for waiting in batch]
         try:
             embeddings = await asyncio.get_running_loop().run_in_executor(self._device, self._encode, images)
+            done = list(zip(batch, embeddings, strict=True))
         except Exception as exc:  # every caller of the batch gets it; the next batch goes on
             for waiting in batch:
                 if not waiting.result.done():
                     waiting.result.set_exception(exc)
             return
-        for waiting, embedding in zip(batch, embeddings, strict=True):
+        for waiting, embedding in done:
             if not waiting.result.done():
                 waiting.result.set_result(embedding)
 

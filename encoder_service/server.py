@@ -17,7 +17,7 @@ from common.config import ModelConfig
 from common.embedding import EmbeddingSpec, VisionEmbedding, content_digest, pack, unpack
 from common.errors import InvalidRequestError, OverloadedError
 from common.identity import EmbeddingNamespace
-from common.media import MediaItem, MediaParams, item_hash
+from common.media import MediaItem, item_hash
 from common.media_store import MediaStore, discard_from
 from common.threads import on_thread_if_large
 from common.tracing import span
@@ -70,7 +70,8 @@ class EncoderServer:
         self._cache = cache
         self._producer = producer
         self._alias_store = alias_store
-        self._params: set[MediaParams] = set()  # of all items so far: a few, because requests choose among the details
+        self._params: set[str] = set()  # of all images so far: a few, because requests choose among the details
+        self._has_other_keys = False  # which name another frame, or the text of a prompt, too
         self._sweeps: set[asyncio.Task[None]] = set()
         self.num_encoded = 0
 
@@ -85,7 +86,10 @@ class EncoderServer:
         """
         if await on_thread_if_large(len(item.data), item_hash, item.data, item.params) != item.mm_hash:
             raise InvalidRequestError("the image bytes do not match their mm_hash")
-        self._params.add(item.params)
+        if item.params.frames > 1 or item.params.instruction:
+            self._has_other_keys = True
+        else:
+            self._params.add(str(item.params))
         key = self._encoder.namespace.of(item.tenant).key(item.mm_hash, str(item.params))
         return await self._in_flight.run(key, lambda: self._find_or_encode(key, item))
 
@@ -113,8 +117,8 @@ class EncoderServer:
             return
         namespace = self._encoder.namespace.of(deleted.tenant)
         for params in self._params:  # what was published a moment ago need not be in the local tier any more
-            self._cache.discard(namespace.key(deleted.mm_hash, str(params)))
-        if any(params.frames > 1 for params in self._params):  # whose keys name another frame, too
+            self._cache.discard(namespace.key(deleted.mm_hash, params))
+        if self._has_other_keys:
             sweep = asyncio.create_task(self._cache.sweep(deleted.mm_hash))
             self._sweeps.add(sweep)
             sweep.add_done_callback(self._sweeps.discard)

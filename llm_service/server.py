@@ -25,7 +25,7 @@ from common.errors import InvalidRequestError, ModelNotFoundError, UnavailableEr
 from common.families import MropeRule, clip_rule_of
 from common.geometry import PatchGeometry
 from common.identity import framed_digest, images_in, system_fingerprint
-from common.media import MediaParams
+from common.media import MediaItem, MediaParams
 from common.media_store import MediaStore, open_media_store
 from llm_service.admission import ANYONE, Admission, RequestContext
 from llm_service.answer_cache import Answer, AnswerCache, answer_key
@@ -35,7 +35,7 @@ from llm_service.config import ApiConfig, EngineConfig
 from llm_service.cost import CostModel
 from llm_service.detokenizer import IncrementalDetokenizer, TokenTexts
 from llm_service.engine.async_engine import AsyncLLMEngine
-from llm_service.engine.engine import LLMEngine, check_sampling_params, prefix_multiple
+from llm_service.engine.engine import ARITHMETIC_VERSION, LLMEngine, check_sampling_params, prefix_multiple
 from llm_service.engine.request import FinishReason, MultiModalFeature, Request, RequestOutput, SamplingParams
 from llm_service.engine.structured_output import Grammar, GrammarCompiler, GrammarState, StructuredOutput
 from llm_service.features import EncoderClient, FeatureSource, ImageFeatures, ImageRequest, embedding_key
@@ -554,9 +554,7 @@ class LLMServer:
                 f"{embedding_key(namespace, image.item)} {interval!r}"  # which positions follow from
                 for image, interval in zip(images, prompt.intervals, strict=True)
             ],
-            secrets=await self._answers.secrets(
-                [digest for image in images for digest in images_in(image.item.mm_hash)]
-            ),
+            secrets=await self._answers.secrets([digest for image in images for digest in _deletable(image.item)]),
         )
 
     async def _known_answer(self, key: str | None) -> Answer | None:
@@ -620,6 +618,12 @@ class _Choice:
         )
 
 
+def _deletable(item: MediaItem) -> list[str]:
+    """The digests of the files it is made of, which may be deleted; frames of a video are none."""
+    digests = images_in(item.mm_hash)
+    return digests if len(digests) == item.params.frames else []
+
+
 def choice_seed(seed: int | None, index: int) -> int | None:
     """The seed of choice `index`, as the signed 64-bit integer that a request for this choice alone would send."""
     return None if seed is None else (seed + index + 2**63) % 2**64 - 2**63
@@ -634,11 +638,11 @@ def position_rule(model: ModelConfig, config: Any) -> MropeRule:
 
 
 def decoder_description(model: ModelConfig, device: torch.device, config: EngineConfig) -> str:
-    """What the bits of a logit depend on besides weights and versions."""
+    """What the bits of a logit depend on besides weights and versions of libraries."""
     chunks = f", prefill chunks of {config.prefill_chunk_size}" if model.numerics == "exact" else ""
     reduction = token_reduction(model)
     kept = f", token reduction {reduction}" if reduction is not None else ""
-    return f"{device_capability(device)}{chunks}{kept}"
+    return f"{device_capability(device)}, arithmetic {ARITHMETIC_VERSION}{chunks}{kept}"
 
 
 def token_reduction(model: ModelConfig) -> TokenReduction | None:

@@ -325,7 +325,10 @@ class CudaModelRunner:
         positions_3T = torch.arange(num_tokens, device=self.device).expand(3, -1)
         starts = torch.tensor([0, num_tokens], dtype=torch.int32, device=self.device)
         slots = torch.arange(num_tokens, device=self.device)
-        batch = PromptBatch(*self._rotations(positions_3T), slots, starts, starts, num_tokens, num_tokens, None)
+        deepstack = self._deepstack([], num_tokens)
+        batch = PromptBatch(
+            *self._rotations(positions_3T), slots, starts, starts, num_tokens, num_tokens, None, deepstack
+        )
         hidden_TD = self.decoder.prefill(self.language_model.embed_tokens(ids), batch)
         self.decoder.logits(hidden_TD[: self.max_rows], Plan({}), None)
         torch.cuda.synchronize(self.device)

@@ -24,6 +24,7 @@ if torch.cuda.is_available():  # Triton comes with the CUDA builds of torch only
 
 FAST_PREFIX_MULTIPLE = 16  # tokens; in `fast` numerics prefixes are reused in parts of a block, however large it is
 MAX_LOGPROBS = 20
+ARITHMETIC_VERSION = 2  # of what the runners compute and in which shapes; part of the fingerprint
 
 
 @dataclass(frozen=True, slots=True)

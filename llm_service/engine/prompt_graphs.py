@@ -16,7 +16,7 @@ from llm_service.engine.fused_decoder import FusedDecoder, PromptBatch
 # the weights, so that two numbers of them do.
 _ROWS = (64, 128, 256, 384, 512, 768, 1024, 1536)
 _ROWS_WITH_PAST = (64, 256, 768)
-_SLOTS = 4096
+_SLOTS = (4096, 32768)  # a longer past is launched
 _MAX_SEQUENCES = 32
 
 
@@ -49,7 +49,7 @@ def prompt_shapes(config: EngineConfig, max_model_len: int, *, exact: bool) -> l
         return [*(rows for rows in sizes if rows < longest), longest] if longest <= _ROWS[-1] else []
 
     shapes = [PromptShape(rows, 0, num_sequences, rows, rows) for rows in up_to_longest(_ROWS)]
-    for rows, slots in product(up_to_longest(_ROWS_WITH_PAST), {min(_SLOTS, max_model_len), max_model_len}):
+    for rows, slots in product(up_to_longest(_ROWS_WITH_PAST), {min(slots, max_model_len) for slots in _SLOTS}):
         shapes.append(PromptShape(rows, slots, num_sequences, rows, slots))
     return sorted(shapes)
 

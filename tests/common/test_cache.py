@@ -7,6 +7,7 @@ import torch
 
 from common.cache import Entry, LocalTier, SingleFlight, TieredCache
 from common.embedding import EmbeddingSpec, VisionEmbedding, pack, unpack
+from common.errors import UnavailableError
 
 MISSES = "fovea_embedding_cache_misses_total"
 LOCAL_HITS = 'fovea_embedding_cache_hits_total{tier="local"}'
@@ -246,6 +247,39 @@ async def test_sweep_finds_an_image_under_every_namespace_and_params(cache: Tier
     remote.values = dict.fromkeys(names, b"")
     await asyncio.gather(*(cache.sweep(image) for image in "ab"))
     assert set(remote.values) == {name for name in names if ":c:" in name or ":c-c:" in name}
+
+
+class SilentTier(DictTier):
+    """Cannot say at first what it holds, and is slow about it."""
+
+    num_failures = 2
+
+    async def keys(self) -> list[str]:
+        await asyncio.sleep(0.01)
+        self.num_failures -= 1
+        if self.num_failures >= 0:
+            raise UnavailableError("no answer")
+        return await super().keys()
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+async def test_sweep_without_an_answer_or_anybody_waiting_is_made_later(
+    monkeypatch: pytest.MonkeyPatch, leaves: bool
+) -> None:
+    monkeypatch.setattr("common.cache._SWEEP_AGAIN_S", 0.01)
+    remote = SilentTier()
+    remote.values = dict.fromkeys(map(key_of, ("a", "a-c", "c")), b"")
+    cache = TieredCache(LocalTier(1024**2), remote)
+    sweep = asyncio.create_task(cache.sweep("a"))
+    if leaves:
+        await asyncio.sleep(0)
+        sweep.cancel()
+    await asyncio.wait([sweep])
+    for _ in range(500):
+        if len(remote.values) > 1:
+            await asyncio.sleep(0.01)
+    assert remote.values.keys() == {key_of("c")}
+    await cache.aclose()
 
 
 async def test_without_redis_the_local_tier_is_the_cache(embedding: VisionEmbedding, spec: EmbeddingSpec) -> None:

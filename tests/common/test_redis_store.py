@@ -18,6 +18,7 @@ from pydantic import SecretStr
 from common.cache import LocalTier, TieredCache
 from common.config import MIB, CacheConfig
 from common.embedding import EmbeddingSpec, VisionEmbedding, pack
+from common.errors import UnavailableError
 from common.local_redis import LocalRedis
 from common.redis_store import CircuitBreaker, RedisTier, open_cache
 from deploy.bench.faults import FaultProxy
@@ -257,6 +258,19 @@ class TestWithAServer:
 
             await eventually(is_gone)
             await slow.aclose()
+
+    async def test_keys_have_those_that_wait_to_be_written(self, tier: RedisTier) -> None:
+        keys = [f"{n:064x}:{n:064x}-{n:064x}:max_pixels=1" for n in range(4)]
+        for key in keys:
+            tier.put(key, bytes(1024**2))
+        assert await tier.keys() == keys
+
+    async def test_keys_of_a_server_that_does_not_answer_are_not_none(self, local_redis: LocalRedis) -> None:
+        local_redis.stop()
+        gone = RedisTier(CacheConfig(), local_redis.url)
+        with pytest.raises(UnavailableError, match=r"cache\.redis_url"):
+            await gone.keys()
+        await gone.aclose()
 
     async def test_keys_are_those_of_embeddings(self, tier: RedisTier, client: redis.Redis) -> None:
         keys = [f"{n:064x}:{n:064x}:max_pixels=1" for n in range(1500)]

@@ -155,6 +155,15 @@ async def test_images_that_nobody_waits_for_are_skipped() -> None:
     assert encoded == [4, 6, 20]
 
 
+async def test_batch_that_went_wrong_leaves_room_for_the_next_one() -> None:
+    batcher = Batcher(lambda images: images[1:], EncoderConfig(max_batch_patches=10))  # type: ignore[return-value, arg-type]
+    for _ in range(2):
+        lost = asyncio.create_task(batcher.submit(blank(4)))
+        await asyncio.wait_for(batcher.idle(), 5)
+        with pytest.raises(ValueError, match="shorter"):
+            await asyncio.wait_for(lost, 5)
+
+
 async def test_next_batch_is_launched_while_one_runs_and_no_third_one() -> None:
     running: list[int] = []
     most, gate = 0, threading.Event()

@@ -66,3 +66,7 @@ def test_no_graph_is_longer_than_a_step_or_a_prompt() -> None:
     shapes = prompt_shapes(short, 1000, exact=False)
     assert max(one.num_rows for one in shapes) == 256
     assert {one.num_slots for one in shapes} == {0, 1000}
+
+
+def test_a_very_long_past_is_launched() -> None:
+    assert max(one.num_slots for one in prompt_shapes(CONFIG, 262_144, exact=True)) == 32768
