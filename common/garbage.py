@@ -1,6 +1,8 @@
 """Python's garbage collector in a replica."""
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def leave_alone_what_is_there() -> None:
@@ -10,3 +12,15 @@ def leave_alone_what_is_there() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """For the capture of a CUDA graph, which is spoiled if an earlier graph is destroyed meanwhile."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

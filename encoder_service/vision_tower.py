@@ -28,6 +28,7 @@ from transformers.vision_utils import (
 )
 
 from common.embedding import Grid
+from common.garbage import no_collection
 from encoder_service.kernels import look_up, rotate_queries_and_keys
 from encoder_service.preprocess import to_device
 
@@ -130,7 +131,7 @@ class VisionTower(nn.Module):
     def _record(self, pixel_values: Tensor, inputs: Mapping[str, Any]) -> _Graph:
         self._forward(pixel_values, inputs)  # compiles kernels and allocates workspaces, which a capture must not
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with no_collection(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             output = self._forward(pixel_values, inputs)
         self._pool = graph.pool()
         return _Graph(graph, pixel_values, inputs, output)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from common.checkpoint import LoadedHalf, text_model_and_head
 from common.families import family_of
+from common.garbage import no_collection
 from llm_service.config import EngineConfig
 from llm_service.engine.device import to_device
 from llm_service.engine.fused_decoder import FusedDecoder, Plan, PromptBatch
@@ -258,7 +259,7 @@ class CudaModelRunner:
             plan = self._plan(size)
             self._decode_rows(inputs, plan)  # compiles what is new
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            with no_collection(), torch.cuda.graph(graph, pool=pool):
                 logits_BV = self._decode_rows(inputs, plan)
             self.graphs[size] = _Graph(graph, inputs, logits_BV)
         self.graphs = dict(sorted(self.graphs.items()))

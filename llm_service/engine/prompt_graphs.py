@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.garbage import no_collection
 from llm_service.config import EngineConfig
 from llm_service.engine.fused_decoder import FusedDecoder, PromptBatch
 
@@ -121,6 +122,6 @@ def _capture(decoder: FusedDecoder, shape: PromptShape, num_deepstack: int, pool
     with torch.inference_mode():
         decoder.prefill(embeds_TD, batch)  # compiles what is new
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with no_collection(), torch.cuda.graph(graph, pool=pool):
             decoder.prefill(embeds_TD, batch)
     return PromptGraph(shape, graph, embeds_TD, batch)
