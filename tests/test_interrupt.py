@@ -12,7 +12,8 @@ ROOT = Path(__file__).parent.parent
 PROGRAM = """
 import signal
 import time
-signal.signal(signal.SIGTERM, signal.default_int_handler)
+for number in (signal.SIGINT, signal.SIGTERM):  # which a shell has its background jobs ignore
+    signal.signal(number, signal.default_int_handler)
 from deploy import service
 with service.ray_cluster(lambda line: None) as dashboard:
     client = service.connect(dashboard)
