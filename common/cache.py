@@ -400,11 +400,13 @@ class TieredCache:
                     self._sweeping_again = asyncio.create_task(self._sweep_again())
 
     async def _sweep_again(self) -> None:
-        while self._unswept:
-            await asyncio.sleep(_SWEEP_AGAIN_S)
-            async with self._sweeping:
-                await self._sweep()
-        self._sweeping_again = None
+        try:
+            while self._unswept:
+                await asyncio.sleep(_SWEEP_AGAIN_S)
+                async with self._sweeping:
+                    await self._sweep()
+        finally:
+            self._sweeping_again = None
 
     def clear_local(self) -> None:
         self._discarded.record_all()
