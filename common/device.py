@@ -8,6 +8,6 @@ from torch import Tensor
 
 
 def to_device(device: torch.device, values: Any, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor of numbers on the device, without waiting for what the device is doing."""
+    """Numbers, which may be a tensor on the CPU, on the device, without waiting for what that is doing."""
     tensor = torch.as_tensor(np.asarray(values), dtype=dtype)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -18,6 +18,7 @@ from PIL import __version__ as pillow_version
 from torch import Tensor
 
 from common.config import ImageBackend, ImageLimits
+from common.device import to_device
 from common.embedding import Grid
 from common.errors import InvalidRequestError
 from common.frames import Frame, RgbFrame, unpack_frames
@@ -118,10 +119,10 @@ class ImagePreprocessor:
 
     def model_inputs(self, images: Sequence[PreprocessedImage], device: torch.device) -> dict[str, Tensor]:
         """What `get_image_features` takes for a batch, on its device."""
-        patches = to_device(torch.cat(_with_equal_frames([image.patches for image in images])), device)
+        patches = to_device(device, torch.cat(_with_equal_frames([image.patches for image in images])))
         return {
-            "pixel_values": pixel_values(patches, to_device(self._table, device), self.temporal_patch_size),
-            "image_grid_thw": to_device(torch.tensor([image.grid_thw for image in images]), device),
+            "pixel_values": pixel_values(patches, to_device(device, self._table), self.temporal_patch_size),
+            "image_grid_thw": to_device(device, [image.grid_thw for image in images]),
         }
 
     def fingerprint(self) -> str:
@@ -137,13 +138,6 @@ class ImagePreprocessor:
         levels = (np.arange(256, dtype=np.float64) * self.rescale_factor).astype(np.float32)
         mean, std = (np.array(values, np.float32)[:, None] for values in (self.mean, self.std))
         return torch.from_numpy((levels - mean) / std)
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Of a tensor on the CPU. A GPU gets it from page-locked memory, so that nothing waits for what runs there."""
-    if device.type != "cuda":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _resize_as_torchvision(image: Image.Image, size: tuple[int, int]) -> Planes:

@@ -13,13 +13,14 @@ from transformers import AutoTokenizer
 
 from common.checkpoint import load_image_processor
 from common.config import ImageLimits
+from common.device import to_device
 from common.embedding import Grid
 from common.errors import InvalidRequestError
 from common.families import family_of
 from common.geometry import ImageGeometry
 from common.identity import framed_digest
 from common.media import MediaParams
-from encoder_service.preprocess import decode, to_device
+from encoder_service.preprocess import decode
 
 # what get_image_features takes of what an image processor gives
 _MODEL_INPUTS = ("pixel_values", "pixel_attention_mask", "image_sizes", "batch_num_images")
@@ -73,7 +74,7 @@ class StockPreprocessor:
 
     def model_inputs(self, images: Sequence[PixelInputs], device: torch.device) -> dict[str, Tensor]:
         (image,) = images
-        return {name: to_device(tensor, device) for name, tensor in image.tensors.items()}
+        return {name: to_device(device, tensor) for name, tensor in image.tensors.items()}
 
     def fingerprint(self) -> str:
         """Everything here that pixel values depend on besides the image and its params, for the namespace."""

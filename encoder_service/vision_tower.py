@@ -27,10 +27,10 @@ from transformers.vision_utils import (
     get_vision_window_index,
 )
 
+from common.device import to_device
 from common.embedding import Grid
 from common.garbage import no_collection
 from encoder_service.kernels import look_up, rotate_queries_and_keys
-from encoder_service.preprocess import to_device
 
 _SIZES = (256, 512, 1024, 1536, 2048, 3072, 4096)  # patches of the graphs for several images
 _MAX_GRID_PATCHES = 8192  # of one image with a graph; a forward of more takes longer than its launches
@@ -145,7 +145,7 @@ class VisionTower(nn.Module):
         for name in _LONGEST.keys() & inputs.keys():
             if not self._exact and len(inputs[name]) > _MAX_SEPARATE_SEGMENTS:
                 inputs[_LONGEST[name]] = int(inputs[name].diff().max())
-                inputs[name] = to_device(inputs[name], self._tower.device)
+                inputs[name] = to_device(self._tower.device, inputs[name])
         return inputs
 
     def _filled_inputs(self, grids: Sequence[Grid], size: int) -> dict[str, Any]:
@@ -159,7 +159,7 @@ class VisionTower(nn.Module):
             length, longest = shapes[name]
             assert len(inputs[name]) <= length, "padding would cut segments off"
             padded = F.pad(inputs[name], (0, length - len(inputs[name])), value=size)
-            inputs[name] = to_device(padded, self._tower.device)
+            inputs[name] = to_device(self._tower.device, padded)
             inputs[_LONGEST[name]] = longest or (self._tower.window_size // self._tower.patch_size) ** 2
         return inputs
 
@@ -168,7 +168,7 @@ class VisionTower(nn.Module):
         tower, device = self._tower, self._tower.device
         grid_thw = torch.tensor(grids)
         inputs = {
-            "position_ids": to_device(get_vision_position_ids(grid_thw, tower.spatial_merge_size), device),
+            "position_ids": to_device(device, get_vision_position_ids(grid_thw, tower.spatial_merge_size)),
             "cu_seqlens": get_vision_cu_seqlens(grid_thw),
         }
         if hasattr(tower, "window_size"):
@@ -176,14 +176,14 @@ class VisionTower(nn.Module):
                 grid_thw, tower.spatial_merge_size, tower.window_size, tower.patch_size
             )
             inputs |= {
-                "window_index": to_device(index, device),
+                "window_index": to_device(device, index),
                 "cu_window_seqlens": segments,
                 "window_order": _SegmentOrder.by_length(segments.diff().tolist(), device),
             }
         if hasattr(tower, "num_grid_per_side"):
             # on the device, where transformers computes the weights too: their bits depend on it
             inputs["interp_indices"], inputs["interp_weights"] = get_vision_interpolation_indices_and_weights(
-                to_device(grid_thw, device),
+                to_device(device, grid_thw),
                 tower.num_grid_per_side,
                 tower.interpolation_mode,
                 tower.interpolation_align_corners,
@@ -203,7 +203,7 @@ class _SegmentOrder:
     @classmethod
     def by_length(cls, lengths: list[int], device: torch.device) -> "_SegmentOrder":
         rows = torch.tensor(lengths).repeat_interleave(torch.tensor(lengths)).argsort(stable=True)
-        return cls(lengths, to_device(rows, device), to_device(rows.argsort(), device))
+        return cls(lengths, to_device(device, rows), to_device(device, rows.argsort()))
 
 
 class _Attention(nn.Module):

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from common.checkpoint import LoadedHalf, text_model_and_head
+from common.device import to_device
 from common.families import family_of
 from common.garbage import no_collection
 from llm_service.config import EngineConfig
-from llm_service.engine.device import to_device
 from llm_service.engine.fused_decoder import FusedDecoder, Plan, PromptBatch
 from llm_service.engine.kernels import DecodeBatch, Tile, Workspace
 from llm_service.engine.model_runner import (
@@ -206,7 +206,7 @@ class CudaModelRunner:
         positions_3T = torch.cat([positions_of(item.request, item.start, item.num_context_tokens) for item in items], 1)
         num_missing = shape.num_rows - positions_3T.shape[1]
         positions_3T = torch.nn.functional.pad(positions_3T, (0, num_missing))
-        cosines, sines = self._rotations(positions_3T.pin_memory().to(self.device, non_blocking=True))
+        cosines, sines = self._rotations(to_device(self.device, positions_3T))
         slots = [self._slots(item.request, item.start, item.num_context_tokens) for item in items]
         slots.append(np.full(num_missing, -1))
         seen = [self._slots(item.request, 0, item.num_context_tokens) for item in items] if shape.num_slots else []

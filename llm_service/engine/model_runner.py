@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from common.checkpoint import LoadedHalf, text_model_and_head
+from common.device import to_device
 from common.embedding import VisionEmbedding
 from common.families import family_of
 from llm_service.config import EngineConfig
@@ -20,7 +21,6 @@ from llm_service.engine.attention import (
     PackedSequence,
     causal_mask,
 )
-from llm_service.engine.device import to_device
 from llm_service.engine.request import Request
 from llm_service.engine.scheduler import ScheduledRequest, SchedulerOutput
 

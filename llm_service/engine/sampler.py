@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm_service.engine.device import to_device
+from common.device import to_device
 from llm_service.engine.request import Request, SamplingParams, TokenLogprobs
 from llm_service.engine.structured_output import GrammarState, TokenMasks, forbidden
 
